@@ -1,0 +1,136 @@
+"""One spelling for each thing a captured graph can say in several ways."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxprune.program import Program
+
+aten = torch.ops.aten
+
+
+def canonicalise(program: Program) -> None:
+    """Drop guards and assertions, make in-place calls functional, spell splits by their sizes.
+
+    Leaves an in-place call where a view of its operand is read later, since the two would part.
+    """
+    _drop_checks(program.graph)
+    _make_functional(program.graph)
+    program.refresh()
+    _spell_splits_by_sizes(program.graph)
+
+
+def _drop_checks(graph: fx.Graph) -> None:
+    for node in reversed(graph.nodes):
+        name = str(node.target)
+        is_guard = node.op == "call_module" and name == "_guards_fn"
+        is_check = name.startswith(("aten._assert", "aten.sym_constrain")) or name in (
+            "aten._assert_scalar.default",
+        )
+        if (is_guard or is_check) and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def functional_form(target: Any) -> Callable[..., Any] | None:
+    """Return the operator that computes what an in-place operator leaves behind, if there is one.
+
+    >>> functional_form(torch.ops.aten.relu_.default)
+    <OpOverload(op='aten.relu', overload='default')>
+    """
+    name, overload = getattr(target, "_opname", ""), getattr(target, "_overloadname", "")
+    if not name.endswith("_") or name.endswith("__") or target.namespace != "aten":
+        return None
+    packet = getattr(aten, name[:-1], None)
+    if packet is None or overload not in packet.overloads():
+        return None
+    found: Callable[..., Any] = getattr(packet, overload)
+    return found
+
+
+def _make_functional(graph: fx.Graph) -> None:
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        target = functional_form(node.target)
+        if target is None or not isinstance(node.args[0], fx.Node):
+            continue
+        operand = node.args[0]
+        if operand.op == "get_attr" or _aliased_later(operand, order[node], order):
+            continue
+        node.target = target
+        operand.replace_all_uses_with(
+            node, delete_user_cb=lambda user, at=order[node]: order[user] > at
+        )
+
+
+VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.permute.default,
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.expand_as.default,
+        aten.view_as.default,
+        aten.detach.default,
+        aten.alias.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.reshape.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.chunk.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.unbind.int,
+        aten.narrow.default,
+        operator.getitem,
+    }
+)
+
+
+def _aliased_later(node: fx.Node, at: int, order: dict[fx.Node, int]) -> bool:
+    """Whether another name for the operand's memory is read after position ``at``."""
+    seen, queue = {node}, [node]
+    while queue:
+        current = queue.pop()
+        if current is not node and any(order[user] > at for user in current.users):
+            return True
+        neighbours = [user for user in current.users if user.target in VIEWS]
+        if current.target in VIEWS and isinstance(current.args[0], fx.Node):
+            neighbours.append(current.args[0])
+        fresh = [other for other in neighbours if other not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return False
+
+
+def _spell_splits_by_sizes(graph: fx.Graph) -> None:
+    """``chunk`` and ``split`` by one size become ``split_with_sizes``, which names every size.
+
+    Splits of an activation along its first dimension stay: that may be the batch.
+    """
+    splits = (aten.chunk.default, aten.split.Tensor, aten.tensor_split.sections)
+    activations: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or activations.intersection(node.all_input_nodes):
+            activations.add(node)
+        if node.target not in splits:
+            continue
+        operand = node.args[0]
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        dim %= operand.meta["val"].dim()
+        if dim == 0 and operand in activations:
+            continue
+        node.target = aten.split_with_sizes.default
+        node.args = (operand, [piece.shape[dim] for piece in node.meta["val"]], dim)
+        node.kwargs = {}

@@ -1,0 +1,79 @@
+"""The facts that passes leave for each other. Values are immutable and plain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fxprune.program import Fact
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """One dimension of one parameter or buffer, or of a literal that stands for one.
+
+    >>> str(Slot("layer1.conv.weight", 0))
+    'layer1.conv.weight:0'
+    """
+
+    tensor: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.tensor}:{self.dim}"
+
+    @classmethod
+    def parse(cls, text: str) -> Slot:
+        """Read what ``str`` wrote."""
+        tensor, _, dim = text.rpartition(":")
+        return cls(tensor, int(dim))
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much the loss rises if a unit goes: one score per unit, higher is dearer.
+
+    Attributes:
+        criterion: the estimator's name, such as ``hessian-trace``.
+        scores: by ``group.name`` of each removable group, one float64 score per unit in
+            the order of ``group.units``.
+        errors: standard errors of the same shape; empty where the estimator has none.
+        details: what the report should tell, such as the probes used.
+    """
+
+    criterion: str
+    scores: Mapping[str, Tensor]
+    errors: Mapping[str, Tensor] = field(default_factory=dict)
+    details: Mapping[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which units go: by ``group.name``, their numbers within ``group.units``.
+
+    Attributes:
+        remove: the units to remove, ascending.
+        implant: the units to replace by something cheaper, ascending.
+        notes: what the report should tell, such as relaxed rounding.
+        predicted: the costs that the solver expects after removal, by quantity.
+    """
+
+    remove: Mapping[str, tuple[int, ...]]
+    implant: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    predicted: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Zeros that every later pass keeps: by parameter name, a bool tensor, true where kept."""
+
+    keep: Mapping[str, Tensor]
+    pattern: str
+
+
+SENSITIVITY: Fact[Sensitivity] = Fact("sensitivity")
+PLAN: Fact[Plan] = Fact("plan")
+MASKS: Fact[Masks] = Fact("masks")

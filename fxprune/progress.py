@@ -1,0 +1,50 @@
+"""Progress of long work: a bar with a rate and the time left on a terminal, silence elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """Shows how far a loop has come.
+
+    Attributes:
+        shown: draw the bar; by default only where standard error is a terminal.
+    """
+
+    shown: bool | None = None
+
+    def track(
+        self, items: Iterable[T], description: str, total: int | None = None
+    ) -> Iterator[T]:
+        """Yield the items, moving the bar by one after each."""
+        visible = sys.stderr.isatty() if self.shown is None else self.shown
+        if not visible:
+            yield from items
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            yield from progress.track(items, total=total, description=description)
