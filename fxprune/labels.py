@@ -1,0 +1,100 @@
+"""Labels: which removable unit each index of a tensor's dimensions belongs to.
+
+A ``Layer`` says, for one dimension, the identity of every index along it (0: none, never
+removable). A tensor carries one layer per dimension that something may be removed from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Identities along one dimension: ``ids`` is int32, one entry per index."""
+
+    dim: int
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The shape of a value and the layers on it."""
+
+    shape: tuple[int, ...]
+    layers: tuple[Layer, ...] = ()
+
+    def at(self, dim: int) -> Iterator[Layer]:
+        """Yield the layers on a dimension; negative ones count from the last."""
+        dim = dim % len(self.shape) if self.shape else dim
+        return (layer for layer in self.layers if layer.dim == dim)
+
+    def without(self, *dims: int) -> tuple[Layer, ...]:
+        """Return the layers on other dimensions than these."""
+        gone = {dim % len(self.shape) for dim in dims}
+        return tuple(layer for layer in self.layers if layer.dim not in gone)
+
+
+def spread(layer: Layer, shape: tuple[int, ...]) -> Tensor:
+    """Return identities in the full shape, without memory for the other dimensions.
+
+    >>> spread(Layer(1, torch.tensor([5, 6])), (2, 2)).tolist()
+    [[5, 6], [5, 6]]
+    """
+    view = [1] * len(shape)
+    view[layer.dim] = shape[layer.dim]
+    return layer.ids.view(view).expand(shape)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Identities that vary along several dimensions, after one was split into factors.
+
+    Attributes:
+        dims: the dimensions they vary along, in order.
+        ids: the identities over those dimensions.
+    """
+
+    dims: tuple[int, ...]
+    ids: Tensor
+
+
+def gather(ids: Tensor) -> Layer | Split | Tensor:
+    """Say along which dimension a full tensor of identities varies; zeros fit everywhere.
+
+    Returns:
+        A layer if it varies along one dimension, a split if along several that cannot be told
+        apart, or a scalar tensor if it does not vary.
+    """
+    varying = tuple(
+        dim
+        for dim in range(ids.dim())
+        if ids.shape[dim] > 1
+        and ids.stride(dim) != 0
+        and bool((ids != ids.narrow(dim, 0, 1)).any())
+    )
+    for dim in reversed(range(ids.dim())):
+        if dim not in varying:
+            ids = ids.select(dim, 0)
+    if not varying:
+        return ids
+    if len(varying) == 1:
+        return Layer(varying[0], ids.clone())
+    for position, dim in enumerate(varying):
+        others = tuple(other for other in range(len(varying)) if other != position)
+        vector = ids.amax(others)
+        view = [1] * len(varying)
+        view[position] = -1
+        if bool(((ids == vector.view(view)) | (ids == 0)).all()):
+            return Layer(dim, vector)
+    return Split(varying, ids)
+
+
+def rows(split: Split, dim: int) -> Tensor:
+    """Return a split's identities as (size of ``dim``, everything else)."""
+    moved = split.ids.movedim(split.dims.index(dim), 0)
+    return moved.reshape(moved.shape[0], -1)

@@ -1,0 +1,91 @@
+"""Union of identities, in bulk: pairs are collected as arrays and resolved once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why identities are frozen: the node that froze them and what a reader should know.
+
+    Attributes:
+        node: the graph node's name.
+        text: the whole explanation, one paragraph.
+        silent: nobody would expect the dimension to be removable (kernel sizes).
+    """
+
+    node: str
+    text: str
+    silent: bool = False
+
+
+@dataclass(eq=False)
+class Merges:
+    """Identities handed out so far, the pairs found equal, and those frozen."""
+
+    count: int = 1  # identity 0 means none
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    frozen: list[tuple[Tensor, int]] = field(default_factory=list)
+    reasons: list[Reason] = field(default_factory=list)
+
+    def fresh(self, size: int) -> Tensor:
+        """Hand out new identities."""
+        self.count += size
+        return torch.arange(self.count - size, self.count, dtype=torch.int32)
+
+    def merge(self, left: Tensor, right: Tensor, reason: Reason) -> None:
+        """Let identities that meet live or die together; meeting none (0) freezes."""
+        if left is right:
+            return
+        self.pairs.append((left, right))
+        none = (left == 0) != (right == 0)
+        if bool(none.any()):
+            self.freeze(torch.maximum(left, right)[none], reason)
+
+    def freeze(self, ids: Tensor, reason: Reason) -> None:
+        """Never remove these."""
+        if not self.reasons or self.reasons[-1] is not reason:
+            self.reasons.append(reason)
+        self.frozen.append((ids.reshape(-1), len(self.reasons) - 1))
+
+    def components(self) -> tuple[Ints, Ints]:
+        """Resolve everything.
+
+        Returns:
+            The component of each identity, and for each component the number of the reason that
+            froze it first, or -1.
+        """
+        left = _join([pair[0] for pair in self.pairs])
+        right = _join([pair[1] for pair in self.pairs])
+        met = (left != 0) & (right != 0)
+        edges = coo_array(
+            (np.ones(int(met.sum()), dtype=np.int8), (left[met], right[met])),
+            shape=(self.count, self.count),
+        )
+        total, component = connected_components(edges, directed=False)
+        reason = np.full(total, len(self.reasons), dtype=np.int64)
+        if self.frozen:
+            ids = _join([entry[0] for entry in self.frozen])
+            number = np.repeat(
+                [entry[1] for entry in self.frozen], [entry[0].numel() for entry in self.frozen]
+            )
+            np.minimum.at(reason, component[ids], number)
+        reason[reason == len(self.reasons)] = -1
+        return component.astype(np.int64), reason
+
+
+def _join(parts: list[Tensor]) -> Ints:
+    if not parts:
+        return np.zeros(0, dtype=np.int64)
+    joined: Ints = torch.cat([part.reshape(-1) for part in parts]).to(torch.int64).numpy()
+    return joined

@@ -1,0 +1,259 @@
+"""Operators that only move data: they are executed as they are, on identities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.flow import Flow, Rule
+from fxprune.labels import Labels, Layer, spread
+
+aten = torch.ops.aten
+
+
+def move(flow: Flow, node: fx.Node) -> Any:
+    """Execute a one-operand movement on the identities of each layer of its operand."""
+    source = flow.labels(node.args[0])
+    rest = flow.concrete(node.args[1:])
+    keywords = {name: flow.concrete(value) for name, value in node.kwargs.items()}
+    return replay(flow, node, source, lambda ids: node.target(ids, *rest, **keywords))
+
+
+def replay(flow: Flow, node: fx.Node, source: Labels, movement: Any) -> Any:
+    """Label a node's outputs by what ``movement`` does to each layer of ``source``."""
+    value = node.meta["val"]
+    shapes = _shapes(value)
+    collected: list[list[Layer]] = [[] for _ in shapes]
+    for layer in source.layers:
+        moved = movement(spread(layer, source.shape))
+        pieces = moved if isinstance(moved, (list, tuple)) else [moved]
+        for number, piece in enumerate(pieces):
+            key = layer.dim + len(source.shape) * number
+            collected[number].extend(flow.settle(node, key, layer, piece))
+    labelled = [
+        Labels(shape, tuple(layers)) for shape, layers in zip(shapes, collected, strict=True)
+    ]
+    return labelled if isinstance(value, (list, tuple)) else labelled[0]
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    if isinstance(value, Tensor):
+        return [tuple(value.shape)]
+    return [tuple(piece.shape) for piece in value]
+
+
+def slice_(flow: Flow, node: fx.Node) -> Any:
+    """A strided slice keeps or loses whole blocks of its stride; then it is a movement."""
+    given = flow.arguments(node)
+    source, step = flow.labels(node.args[0]), given["step"]
+    dim = given["dim"] % len(source.shape)
+    if step != 1:
+        start = given["start"] or 0
+        for layer in source.at(dim):
+            whole = (layer.ids.numel() - start) // step * step
+            blocks = layer.ids[start : start + whole].view(-1, step)
+            flow.merge(node, blocks[:, :1].expand_as(blocks), blocks)
+            flow.freeze(node, [Layer(0, layer.ids[:start]), Layer(0, layer.ids[start + whole :])],
+                        "a strided slice leaves it over")
+    return move(flow, node)
+
+
+def expand(flow: Flow, node: fx.Node) -> Any:
+    """A dimension of size one that is expanded may shrink again: its size is a literal."""
+    source, shape = flow.labels(node.args[0]), tuple(node.meta["val"].shape)
+    moved = replay(flow, node, source, lambda ids: ids.expand(shape))
+    offset = len(shape) - len(source.shape)
+    grown = tuple(
+        Layer(dim, flow.literal(node, dim, size))
+        for dim, size in enumerate(shape)
+        if size > 1 and (dim < offset or source.shape[dim - offset] == 1)
+    )
+    return Labels(shape, moved.layers + grown)
+
+
+def repeat(flow: Flow, node: fx.Node) -> Any:
+    """Repeating a dimension of size one is expanding it; otherwise labels repeat."""
+    source, shape = flow.labels(node.args[0]), tuple(node.meta["val"].shape)
+    times = flow.concrete(node.args[1])
+    moved = replay(flow, node, source, lambda ids: ids.repeat(times))
+    offset = len(shape) - len(source.shape)
+    grown = tuple(
+        Layer(dim, flow.literal(node, dim, size))
+        for dim, size in enumerate(shape)
+        if size > 1 and (dim < offset or source.shape[dim - offset] == 1)
+    )
+    return Labels(shape, moved.layers + grown)
+
+
+def concatenate(flow: Flow, node: fx.Node) -> Any:
+    """Labels join along the dimension and must agree along the others."""
+    given = flow.arguments(node)
+    sources = [flow.labels(item) for item in given["tensors"]]
+    shape = tuple(node.meta["val"].shape)
+    dim = (given["dim"] or 0) % len(shape)
+    sources = [source for source in sources if len(source.shape) == len(shape)]
+    ids = [_joined(flow, node, source, dim) for source in sources]
+    layers = () if all(part is None for part in ids) else (
+        Layer(dim, torch.cat([
+            torch.zeros(source.shape[dim], dtype=torch.int32) if part is None else part
+            for source, part in zip(sources, ids, strict=True)
+        ])),
+    )
+    for other in range(len(shape)):
+        if other != dim:
+            layers += flow.align(node, [(source, other) for source in sources], other)
+    return Labels(shape, layers)
+
+
+def _joined(flow: Flow, node: fx.Node, source: Labels, dim: int) -> Tensor | None:
+    first, *others = [*source.at(dim), None]
+    if first is None:
+        return None
+    if first.ids.numel() == 0:
+        return None
+    flow.freeze(node, [layer for layer in others if layer], "two labels meet in a concatenation")
+    return first.ids
+
+
+def stack(flow: Flow, node: fx.Node) -> Any:
+    """Labels must agree along every dimension that was there before."""
+    given = flow.arguments(node)
+    sources = [flow.labels(item) for item in given["tensors"]]
+    shape = tuple(node.meta["val"].shape)
+    new = (given["dim"] or 0) % len(shape)
+    layers: tuple[Layer, ...] = ()
+    for dim in range(len(shape) - 1):
+        out_dim = dim + (dim >= new)
+        layers += flow.align(node, [(source, dim) for source in sources], out_dim)
+    return Labels(shape, layers)
+
+
+def pad(flow: Flow, node: fx.Node) -> Any:
+    """Constant padding makes units of its own; their number is a literal of the node."""
+    source, shape = flow.labels(node.args[0]), tuple(node.meta["val"].shape)
+    amounts = [flow.concrete(amount) for amount in flow.concrete(node.args[1])]
+    layers = []
+    for layer in source.layers:
+        position = 2 * (len(shape) - 1 - layer.dim)
+        before, after = amounts[position : position + 2] if position < len(amounts) else (0, 0)
+        ids = layer.ids[max(-before, 0) : layer.ids.numel() - max(-after, 0)]
+        parts = [ids]
+        if before > 0:
+            parts.insert(0, flow.literal(node, position, before))
+        if after > 0:
+            parts.append(flow.literal(node, position + 1, after))
+        layers.append(Layer(layer.dim, torch.cat(parts)))
+    return Labels(shape, tuple(layers))
+
+
+def pad_mirrored(flow: Flow, node: fx.Node) -> Any:
+    """Reflection and replication read neighbours: the padded dimensions stay."""
+    source = flow.labels(node.args[0])
+    amounts = flow.concrete(node.args[1])
+    padded = {-1 - position // 2 for position, amount in enumerate(amounts) if amount}
+    for dim in padded:
+        flow.freeze(node, source.at(dim), "its neighbours are mirrored into padding")
+    return Labels(tuple(node.meta["val"].shape), source.without(*padded))
+
+
+def roll(flow: Flow, node: fx.Node) -> Any:
+    """A roll fixes the length of the dimensions that it turns."""
+    source, given = flow.labels(node.args[0]), flow.arguments(node)
+    turned = given["dims"] or range(len(source.shape))
+    for dim in turned:
+        flow.freeze(node, source.at(dim), "a roll fixes its length")
+    return Labels(source.shape, source.without(*turned))
+
+
+def index(flow: Flow, node: fx.Node) -> Any:
+    """Indexing by constants moves data; indexing by data fixes the dimension."""
+    source, indices = flow.labels(node.args[0]), node.args[1]
+    return _take(flow, node, source, list(indices))  # type: ignore[arg-type]
+
+
+def index_select(flow: Flow, node: fx.Node) -> Any:
+    """``x[:, index]`` along one dimension."""
+    source, given = flow.labels(node.args[0]), flow.arguments(node)
+    indices: list[Any] = [None] * (given["dim"] % len(source.shape)) + [given["index"]]
+    return _take(flow, node, source, indices)
+
+
+def _take(flow: Flow, node: fx.Node, source: Labels, indices: list[Any]) -> Any:
+    known = [None if item is None else flow.constant(item) for item in indices]
+    dims = [dim for dim, item in enumerate(indices) if item is not None]
+    for dim, item, value in zip(range(len(indices)), indices, known, strict=True):
+        if item is None:
+            continue
+        if value is None:
+            flow.freeze(node, source.at(dim), "it is indexed by computed numbers", silent=True)
+        elif value.dtype == torch.bool or value.dim() != 1 or len(dims) > 1:
+            flow.freeze(node, source.at(dim), "it is indexed by a table", silent=True)
+    free = Labels(source.shape, tuple(
+        layer for layer in source.layers
+        if layer.dim not in dims or (len(dims) == 1 and known[layer.dim] is not None
+                                     and known[layer.dim].dim() == 1
+                                     and known[layer.dim].dtype != torch.bool)))
+    zeros = [
+        None if item is None else
+        value if value is not None else torch.zeros(_index_shape(item), dtype=torch.long)
+        for item, value in zip(indices, known, strict=True)
+    ]
+    return replay(flow, node, free, lambda ids: aten.index(ids, zeros))
+
+
+def _index_shape(item: fx.Node) -> tuple[int, ...]:
+    return tuple(item.meta["val"].shape)
+
+
+def select(flow: Flow, node: fx.Node) -> Any:
+    """Picking one index fixes the dimension it is picked from."""
+    source, given = flow.labels(node.args[0]), flow.arguments(node)
+    dim = given["dim"] % len(source.shape)
+    flow.freeze(node, source.at(dim), "one index of it is picked out by its number")
+    rest = Labels(source.shape, source.without(dim))
+    return replay(flow, node, rest, lambda ids: ids.select(dim, 0))
+
+
+def unbind(flow: Flow, node: fx.Node) -> Any:
+    """Taking a dimension apart fixes its size."""
+    source, given = flow.labels(node.args[0]), flow.arguments(node)
+    dim = given["dim"] % len(source.shape)
+    flow.freeze(node, source.at(dim), "it is taken apart index by index")
+    rest = Labels(source.shape, source.without(dim))
+    return replay(flow, node, rest, lambda ids: ids.unbind(dim))
+
+
+MOVEMENTS = (
+    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "permute", "transpose", "t",
+    "numpy_T", "mT", "adjoint", "movedim", "moveaxis", "swapaxes", "swapdims", "squeeze",
+    "unsqueeze", "flatten", "unflatten", "ravel", "split_with_sizes", "split", "chunk",
+    "tensor_split", "narrow", "flip", "repeat_interleave", "tile", "pixel_shuffle",
+    "pixel_unshuffle", "channel_shuffle", "unfold", "im2col", "diagonal", "rot90",
+    "atleast_2d", "atleast_3d",
+)  # fmt: skip
+
+RULES: dict[Any, Rule] = {
+    **{getattr(aten, name): move for name in MOVEMENTS if hasattr(aten, name)},
+    aten.slice: slice_,
+    aten.expand: expand,
+    aten.expand_as: expand,
+    aten.broadcast_to: expand,
+    aten.repeat: repeat,
+    aten.cat: concatenate,
+    aten.concat: concatenate,
+    aten.stack: stack,
+    aten.constant_pad_nd: pad,
+    aten.reflection_pad1d: pad_mirrored,
+    aten.reflection_pad2d: pad_mirrored,
+    aten.reflection_pad3d: pad_mirrored,
+    aten.replication_pad1d: pad_mirrored,
+    aten.replication_pad2d: pad_mirrored,
+    aten.replication_pad3d: pad_mirrored,
+    aten.roll: roll,
+    aten.index: index,
+    aten.index_select: index_select,
+    aten.select: select,
+    aten.unbind: unbind,
+}
