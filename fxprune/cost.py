@@ -1,8 +1,31 @@
-"""What a program costs: parameters, multiply-accumulates per sample, weight bytes."""
+"""What a program costs, and what it will cost with units gone, in closed form.
+
+Every cost is a sum of products of dimensions: a linear layer's multiply-accumulates are its
+rows times its outputs times its inputs. Removing units shrinks dimensions by known amounts, so the
+cost after removal is exact without touching the program.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxprune.groups import Analysis, Group, analyse
+from fxprune.labels import Labels
+from fxprune.merging import Ints
+from fxprune.program import Program, shape_of
+
+aten = torch.ops.aten
+Quantity = Literal["params", "macs", "weight_bytes"]
+Place = tuple[fx.Node, int]  # a node and a dimension of its value
 
 
 @dataclass(frozen=True)
@@ -14,8 +37,243 @@ class Cost:
         macs: multiply-accumulates of one sample (convolutions, linear layers, matrix products,
             attention, recurrent cells).
         weight_bytes: bytes of those parameters and of the buffers that the graph reads.
+
     """
 
     params: int
     macs: int
     weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Term:
+    """A product of dimensions, times a constant, that counts towards one quantity."""
+
+    quantity: Quantity
+    node: fx.Node
+    factor: float
+    places: tuple[Place, ...]
+
+
+def cost(program: Program) -> Cost:
+    """Count parameters, multiply-accumulates per sample, and weight bytes."""
+    totals = {"params": 0.0, "macs": 0.0, "weight_bytes": 0.0}
+    for term in terms(program):
+        sizes = (shape_of(node)[dim] for node, dim in term.places)
+        totals[term.quantity] += term.factor * math.prod(sizes)
+    return Cost(**{name: round(total) for name, total in totals.items()})
+
+
+def terms(program: Program) -> Iterator[Term]:
+    """Yield the products of dimensions that a program's costs are sums of."""
+    seen = set()
+    for node in program.tensor_nodes():
+        tensor = program.tensor(str(node.target))
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        places = _all(node)
+        if isinstance(tensor, torch.nn.Parameter):
+            yield Term("params", node, 1.0, places)
+        yield Term("weight_bytes", node, float(tensor.element_size()), places)
+    batch = _batch(program)
+    for node in program.graph.nodes:
+        rule = MACS.get(getattr(node.target, "overloadpacket", None))
+        for places in rule(node) if rule else ():
+            yield Term("macs", node, 1.0 / batch, places)
+
+
+def _batch(program: Program) -> int:
+    tensors = [
+        leaf for leaf in pytree.tree_leaves(program.example_inputs) if isinstance(leaf, Tensor)
+    ]
+    if program.dynamic and 0 in program.dynamic[0]:
+        return int(tensors[0].shape[0])
+    return 1
+
+
+def _all(node: fx.Node) -> tuple[Place, ...]:
+    return tuple((node, dim) for dim in range(len(shape_of(node))))
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    position = names.index(name)
+    return node.args[position] if position < len(node.args) else node.kwargs[name]
+
+
+def _convolution(node: fx.Node) -> list[tuple[Place, ...]]:
+    weight = _argument(node, "weight")
+    transposed = "transpose" in str(node.target)
+    positions = _argument(node, "input") if transposed else node
+    return [(*_all(positions), *_all(weight)[1:])]
+
+
+def _linear(node: fx.Node) -> list[tuple[Place, ...]]:
+    return [(*_all(node), (_argument(node, "weight"), len(shape_of(node.args[1])) - 1))]  # type: ignore[arg-type]
+
+
+def _product(first: int) -> Callable[[fx.Node], list[tuple[Place, ...]]]:
+    def places(node: fx.Node) -> list[tuple[Place, ...]]:
+        left = node.args[first]
+        assert isinstance(left, fx.Node)
+        return [(*_all(node), (left, len(shape_of(left)) - 1))]
+
+    return places
+
+
+def _attention(node: fx.Node) -> list[tuple[Place, ...]]:
+    query, key = node.args[0], node.args[1]
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
+    tokens = (key, len(shape_of(key)) - 2)
+    return [(*_all(query), tokens), (*_all(node), tokens)]
+
+
+def _einsum(node: fx.Node) -> list[tuple[Place, ...]]:
+    sources: Sequence[Any] = node.args[1]  # type: ignore[assignment]
+    if len(sources) != 2:
+        return []
+    operands = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
+    found: dict[str, Place] = {}
+    for term, source in zip(operands, sources, strict=True):
+        rank = len(shape_of(source))
+        dots = "0123456789"[: rank - len(term.replace("...", ""))]
+        for dim, letter in enumerate(term.replace("...", dots)):
+            if (
+                letter not in found
+                or shape_of(source)[dim] > shape_of(found[letter][0])[found[letter][1]]
+            ):
+                found[letter] = (source, dim)
+    return [tuple(found.values())]
+
+
+def _recurrent(node: fx.Node) -> list[tuple[Place, ...]]:
+    operand, parameters = node.args[0], node.args[2]
+    assert isinstance(operand, fx.Node)
+    matrices = [item for item in parameters if len(shape_of(item)) == 2]  # type: ignore[union-attr, arg-type]
+    return [((operand, 0), (operand, 1), *_all(matrix)) for matrix in matrices]  # type: ignore[arg-type]
+
+
+MACS: dict[Any, Callable[[fx.Node], list[tuple[Place, ...]]]] = {
+    **{
+        getattr(aten, name): _convolution
+        for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+                     "conv_transpose3d")
+    },
+    aten.linear: _linear,
+    aten.matmul: _product(0),
+    aten.mm: _product(0),
+    aten.bmm: _product(0),
+    aten.addmm: _product(1),
+    aten.baddbmm: _product(1),
+    aten.einsum: _einsum,
+    aten.scaled_dot_product_attention: _attention,
+    aten.lstm: _recurrent,
+    aten.gru: _recurrent,
+    aten.rnn_tanh: _recurrent,
+    aten.rnn_relu: _recurrent,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class CostModel:
+    """Costs as a function of how many units each group loses.
+
+    Attributes:
+        groups: the groups, in the order of the counts.
+        sizes: for each distinct dimension, its size now.
+        shrink: dimensions x groups: by how much one unit of a group shrinks a dimension.
+        factors: for each term, its constant.
+        members: terms x dimensions per term: which dimensions it multiplies; the last dimension
+            of ``sizes`` is one and fills up.
+        rows: for each quantity, which terms belong to it.
+
+    """
+
+    groups: tuple[Group, ...]
+    sizes: NDArray[np.float64]
+    shrink: NDArray[np.float64]
+    factors: NDArray[np.float64]
+    members: Ints
+    rows: dict[Quantity, NDArray[np.bool_]]
+
+    def quantities(self, removed: NDArray[np.int64]) -> dict[Quantity, float]:
+        """Return params, macs and weight_bytes once each group has lost so many units."""
+        left = self.sizes - self.shrink @ removed
+        products = self.factors * left[self.members].prod(axis=1)
+        return {name: float(products[rows].sum()) for name, rows in self.rows.items()}
+
+    def after(self, removed: NDArray[np.int64]) -> Cost:
+        """Return the exact cost once each group has lost so many units."""
+        return Cost(**{name: round(value) for name, value in self.quantities(removed).items()})
+
+
+def cost_model(program: Program, groups: Sequence[Group]) -> CostModel:
+    """Build the closed form of a program's costs over its groups.
+
+    Frozen groups may be among ``groups``; their counts are to stay zero.
+    """
+    prefer = groups[0].preference if groups else "heads"
+    analysis = analyse(program, prefer)
+    unit = _group_of_identity(analysis, groups)
+    table: dict[tuple[Any, ...], int] = {}
+    sizes: list[float] = []
+    shrinks: list[NDArray[np.float64]] = []
+    factors, members, quantities = [], [], []
+    for term in terms(program):
+        factor, dims = term.factor, []
+        for node, dim in term.places:
+            size = shape_of(node)[dim]
+            shrink = _shrink(analysis, unit, node, dim, groups)
+            if shrink is None:
+                factor *= size
+                continue
+            key = (size, shrink.tobytes())
+            if key not in table:
+                table[key] = len(sizes)
+                sizes.append(float(size))
+                shrinks.append(shrink)
+            dims.append(table[key])
+        factors.append(factor)
+        members.append(dims)
+        quantities.append(term.quantity)
+    filler, width = len(sizes), max((len(dims) for dims in members), default=0)
+    matrix = np.full((len(members), max(width, 1)), filler, dtype=np.int64)
+    for row, dims in enumerate(members):
+        matrix[row, : len(dims)] = dims
+    kinds = np.array(quantities)
+    names: tuple[Quantity, ...] = ("params", "macs", "weight_bytes")
+    return CostModel(
+        tuple(groups),
+        np.array([*sizes, 1.0]),
+        np.stack([*shrinks, np.zeros(len(groups))]),
+        np.array(factors),
+        matrix,
+        {name: kinds == name for name in names},
+    )
+
+
+def _group_of_identity(analysis: Analysis, groups: Sequence[Group]) -> Ints:
+    """By identity, the number of its group in ``groups``, or -1."""
+    by_component = np.full(len(analysis.component), -1, dtype=np.int64)
+    current = {group.name: group for group in analysis.groups}
+    for number, group in enumerate(groups):
+        by_component[current[group.name].components] = number
+    return by_component[analysis.component]
+
+
+def _shrink(
+    analysis: Analysis, group_of: Ints, node: fx.Node, dim: int, groups: Sequence[Group]
+) -> NDArray[np.float64] | None:
+    """By how much one unit of each group shrinks a dimension; None where nothing does."""
+    labels = analysis.flow.values.get(node)
+    layer = next(labels.at(dim), None) if isinstance(labels, Labels) else None
+    if layer is None:
+        return None
+    numbers = group_of[layer.ids.numpy()]
+    numbers = numbers[(numbers >= 0) & (layer.ids.numpy() != 0)]
+    if not numbers.size:
+        return None
+    places = np.bincount(numbers, minlength=len(groups)).astype(np.float64)
+    return places / np.array([len(group.units) for group in groups], dtype=np.float64)

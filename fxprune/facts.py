@@ -41,6 +41,7 @@ class Sensitivity:
             the order of ``group.units``.
         errors: standard errors of the same shape; empty where the estimator has none.
         details: what the report should tell, such as the probes used.
+
     """
 
     criterion: str
@@ -58,6 +59,7 @@ class Plan:
         implant: the units to replace by something cheaper, ascending.
         notes: what the report should tell, such as relaxed rounding.
         predicted: the costs that the solver expects after removal, by quantity.
+
     """
 
     remove: Mapping[str, tuple[int, ...]]
@@ -74,6 +76,20 @@ class Masks:
     pattern: str
 
 
+@dataclass(frozen=True)
+class Removed:
+    """What is left of the dense program's values.
+
+    Attributes:
+        kept: by node name and dimension, the indices of the dense value that remain; nodes and
+            dimensions that lost nothing are absent.
+
+    """
+
+    kept: Mapping[str, Mapping[int, Tensor]]
+
+
 SENSITIVITY: Fact[Sensitivity] = Fact("sensitivity")
 PLAN: Fact[Plan] = Fact("plan")
 MASKS: Fact[Masks] = Fact("masks")
+REMOVED: Fact[Removed] = Fact("removed")

@@ -32,6 +32,7 @@ class Read:
     Attributes:
         argument: which one: positions in ``node.args``, nested ones included.
         dim: the dimension that is summed away.
+
     """
 
     argument: Path
@@ -47,6 +48,7 @@ class Flow:
         slots: the parameter dimensions (and literals) that own identities, with their range.
         reads: by node, the dimensions it sums over.
         mixes: by node name, identities that a normalisation mixes with each other.
+
     """
 
     program: Program
@@ -78,7 +80,9 @@ class Flow:
                 return None
         if node.target is operator.getitem:
             source = self.values[node.args[0]]
-            return source[node.args[1]] if isinstance(source, list) else _unlabelled(node.meta["val"])
+            return (
+                source[node.args[1]] if isinstance(source, list) else _unlabelled(node.meta["val"])
+            )
         rule = self.rules.get(getattr(node.target, "overloadpacket", node.target))
         if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             rule = self.rules["pointwise"]
@@ -206,6 +210,7 @@ class Flow:
 
         Returns:
             The layers of the result; none if some participant cannot shrink.
+
         """
         met = [
             (labels, tuple(labels.at(dim))) for labels, dim in participants if labels.shape[dim] > 1
@@ -269,6 +274,8 @@ def describe(node: fx.Node) -> str:
     path = stack[-1][0] if stack else ""
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    own = [line for line in lines if "/torch/nn/" not in line]  # the user's rather than torch's
+    lines = own or lines
     parts = [f"{node.target} at node {node.name}"]
     if path:
         parts.append(f"module {path}")

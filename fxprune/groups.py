@@ -21,6 +21,7 @@ class Unit:
 
     Attributes:
         places: pairs of slot and index.
+
     """
 
     places: tuple[tuple[Slot, int], ...]
@@ -35,13 +36,16 @@ class Group:
         slots: the dimensions of parameters, buffers and literals that shrink with the group.
         frozen_because: why nothing of the group may be removed; None if it may.
         mixed_by: nodes whose statistics mix these units, so that removal is not exact.
+        preference: which factor of attention widths the analysis kept removable.
         components: the identity of each unit within ``Analysis``.
+
     """
 
     name: str
     slots: tuple[Slot, ...]
     frozen_because: str | None
     mixed_by: tuple[str, ...]
+    preference: Preference
     components: Ints = field(repr=False)
     _places: dict[Slot, tuple[Ints, Ints]] = field(repr=False)
 
@@ -88,6 +92,7 @@ class Analysis:
         flow: the labels of every node.
         component: by identity.
         groups: removable ones and frozen ones, in graph order.
+
     """
 
     flow: Flow
@@ -104,6 +109,7 @@ def find_groups(program: Program, prefer: Preference = "heads") -> tuple[Group, 
         program: the traced model.
         prefer: which factor of an attention width stays removable: whole heads, or the same
             positions in every head.
+
     """
     return analyse(program, prefer).groups
 
@@ -115,10 +121,10 @@ def analyse(program: Program, prefer: Preference = "heads") -> Analysis:
     if flow.survey is not None and flow.survey.factors:
         flow = Flow(program, rules, flow.survey.decide(flow.merges, prefer)).run()
     component, reasons = flow.merges.components()
-    return Analysis(flow, component, _collect(flow, component, reasons))
+    return Analysis(flow, component, _collect(flow, component, reasons, prefer))
 
 
-def _collect(flow: Flow, component: Ints, reasons: Ints) -> tuple[Group, ...]:
+def _collect(flow: Flow, component: Ints, reasons: Ints, prefer: Preference) -> tuple[Group, ...]:
     slots = list(flow.slots)
     identities = np.concatenate([flow.slots[slot].numpy() for slot in slots] or [np.zeros(0, int)])
     sizes = [flow.slots[slot].numel() for slot in slots]
@@ -148,7 +154,7 @@ def _collect(flow: Flow, component: Ints, reasons: Ints) -> tuple[Group, ...]:
         if why is not None and why.silent:
             continue
         groups.append(_group(slots, components, places, (place_slot, place_index, place_component),
-                             why, mixed, taken))  # fmt: skip
+                             why, prefer, mixed, taken))  # fmt: skip
     return tuple(groups)
 
 
@@ -179,7 +185,7 @@ def _mixed_by(flow: Flow, component: Ints) -> dict[int, list[str]]:
 
 def _group(
     slots: list[Slot], components: Ints, places: Ints, table: tuple[Ints, Ints, Ints],
-    why: Reason | None, mixed: dict[int, list[str]], taken: set[str],
+    why: Reason | None, prefer: Preference, mixed: dict[int, list[str]], taken: set[str],
 ) -> Group:  # fmt: skip
     place_slot, place_index, place_component = table
     own = np.unique(place_slot[places])
@@ -202,4 +208,4 @@ def _group(
     while name in taken:
         name, count = f"{base}#{count}", count + 1
     taken.add(name)
-    return Group(name, members, why.text if why else None, names, ordered, by_slot)
+    return Group(name, members, why.text if why else None, names, prefer, ordered, by_slot)

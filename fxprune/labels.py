@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -57,6 +56,7 @@ class Split:
     Attributes:
         dims: the dimensions they vary along, in order.
         ids: the identities over those dimensions.
+
     """
 
     dims: tuple[int, ...]
@@ -69,6 +69,7 @@ def gather(ids: Tensor) -> Layer | Split | Tensor:
     Returns:
         A layer if it varies along one dimension, a split if along several that cannot be told
         apart, or a scalar tensor if it does not vary.
+
     """
     varying = tuple(
         dim

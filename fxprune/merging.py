@@ -22,6 +22,7 @@ class Reason:
         node: the graph node's name.
         text: the whole explanation, one paragraph.
         silent: nobody would expect the dimension to be removable (kernel sizes).
+
     """
 
     node: str
@@ -64,6 +65,7 @@ class Merges:
         Returns:
             The component of each identity, and for each component the number of the reason that
             froze it first, or -1.
+
         """
         left = _join([pair[0] for pair in self.pairs])
         right = _join([pair[1] for pair in self.pairs])

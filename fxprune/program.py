@@ -46,6 +46,7 @@ class Program:
         example_inputs: positional inputs that run the program.
         dynamic: per flattened tensor input, the dimensions that may vary (the batch, usually).
         facts: values left by passes, by fact name; see ``put`` and ``get``.
+
     """
 
     graph_module: fx.GraphModule
@@ -125,6 +126,7 @@ class Program:
 
         Raises:
             PostconditionError: a node no longer fits its inputs; the message names it.
+
         """
         self.graph.lint()
         self.graph_module.recompile()

@@ -91,4 +91,3 @@ def drop_unused(program: Program) -> None:
         if name not in read:
             owner, leaf = owner_of(module, name)
             delattr(owner, leaf)
-

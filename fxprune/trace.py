@@ -41,6 +41,7 @@ def trace(
 
     Raises:
         TraceError: ``torch.export`` cannot capture the model; the message carries its reason.
+
     """
     if not isinstance(example_inputs, tuple):
         raise TraceError(
@@ -111,7 +112,7 @@ def _export_dynamic(
             if leaf.shape[dim] == 1:
                 leaf = torch.cat([leaf, leaf], dim)
         doubled.append(leaf)
-        shapes.append({dim: Dim.AUTO for dim in dims} or None)
+        shapes.append(dict.fromkeys(dims, Dim.AUTO) or None)
     return torch.export.export(
         model,
         pytree.tree_unflatten(doubled, spec),
@@ -122,7 +123,9 @@ def _export_dynamic(
 
 def _placeholders(exported: ExportedProgram) -> list[Tensor]:
     names = set(exported.graph_signature.user_inputs)
-    values = [n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
+    values = [
+        n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder" and n.name in names
+    ]
     return [value for value in values if isinstance(value, Tensor)]
 
 

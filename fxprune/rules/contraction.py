@@ -26,6 +26,7 @@ def contract(
         node: the product.
         operands: argument position, labels, and one letter per dimension.
         result: one letter per dimension of the result.
+
     """
     layers: tuple[Layer, ...] = ()
     reads = []
@@ -70,9 +71,7 @@ def matmul(flow: Flow, node: fx.Node) -> Any:
     right_letters = "y" if len(right.shape) == 1 else batch[rank - len(right.shape) :] + "yz"
     result = batch + ("x" if len(left.shape) > 1 else "") + ("z" if len(right.shape) > 1 else "")
     _note_roles(flow, node, left, right)
-    return contract(
-        flow, node, [((0,), left, left_letters), ((1,), right, right_letters)], result
-    )
+    return contract(flow, node, [((0,), left, left_letters), ((1,), right, right_letters)], result)
 
 
 def addmm(flow: Flow, node: fx.Node) -> Any:
@@ -80,7 +79,10 @@ def addmm(flow: Flow, node: fx.Node) -> Any:
     bias, left, right = (flow.labels(argument) for argument in node.args[:3])
     batch = _letters(len(left.shape) - 2)
     result = batch + "xz"
-    places: list[tuple[Path, Labels, str]] = [((1,), left, batch + "xy"), ((2,), right, batch + "yz")]
+    places: list[tuple[Path, Labels, str]] = [
+        ((1,), left, batch + "xy"),
+        ((2,), right, batch + "yz"),
+    ]
     places.append(((0,), bias, result[len(result) - len(bias.shape) :]))
     if batch:
         _note_roles(flow, node, left, right)
@@ -97,13 +99,18 @@ def einsum(flow: Flow, node: fx.Node) -> Any:
         counts = terms.replace(",", "").replace(".", "")
         single = "".join(sorted(c for c in set(counts) if counts.count(c) == 1))
         result = ("..." if "..." in terms else "") + single
-    spans = [len(found.shape) - len(term.replace("...", "")) for term, found in zip(operands, labels, strict=True)]
+    spans = [
+        len(found.shape) - len(term.replace("...", ""))
+        for term, found in zip(operands, labels, strict=True)
+    ]
     dots = "0123456789"[: max(spans)]
     places: list[tuple[Path, Labels, str]] = []
     for number, (term, found, span) in enumerate(zip(operands, labels, spans, strict=True)):
         places.append(((1, number), found, term.replace("...", dots[len(dots) - span :])))
     if len(labels) == 2:
-        _note_einsum_roles(flow, [place[2] for place in places], labels, result.replace("...", dots))
+        _note_einsum_roles(
+            flow, [place[2] for place in places], labels, result.replace("...", dots)
+        )
     return contract(flow, node, places, result.replace("...", dots))
 
 

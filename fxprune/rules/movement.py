@@ -55,8 +55,11 @@ def slice_(flow: Flow, node: fx.Node) -> Any:
             whole = (layer.ids.numel() - start) // step * step
             blocks = layer.ids[start : start + whole].view(-1, step)
             flow.merge(node, blocks[:, :1].expand_as(blocks), blocks)
-            flow.freeze(node, [Layer(0, layer.ids[:start]), Layer(0, layer.ids[start + whole :])],
-                        "a strided slice leaves it over")
+            flow.freeze(
+                node,
+                [Layer(0, layer.ids[:start]), Layer(0, layer.ids[start + whole :])],
+                "a strided slice leaves it over",
+            )
     return move(flow, node)
 
 
@@ -95,11 +98,20 @@ def concatenate(flow: Flow, node: fx.Node) -> Any:
     dim = (given["dim"] or 0) % len(shape)
     sources = [source for source in sources if len(source.shape) == len(shape)]
     ids = [_joined(flow, node, source, dim) for source in sources]
-    layers = () if all(part is None for part in ids) else (
-        Layer(dim, torch.cat([
-            torch.zeros(source.shape[dim], dtype=torch.int32) if part is None else part
-            for source, part in zip(sources, ids, strict=True)
-        ])),
+    layers = (
+        ()
+        if all(part is None for part in ids)
+        else (
+            Layer(
+                dim,
+                torch.cat(
+                    [
+                        torch.zeros(source.shape[dim], dtype=torch.int32) if part is None else part
+                        for source, part in zip(sources, ids, strict=True)
+                    ]
+                ),
+            ),
+        )
     )
     for other in range(len(shape)):
         if other != dim:
@@ -149,13 +161,21 @@ def pad(flow: Flow, node: fx.Node) -> Any:
 
 
 def pad_mirrored(flow: Flow, node: fx.Node) -> Any:
-    """Reflection and replication read neighbours: the padded dimensions stay."""
+    """Reflection, replication and wrapping read other positions: the padded dimensions stay."""
     source = flow.labels(node.args[0])
     amounts = flow.concrete(node.args[1])
     padded = {-1 - position // 2 for position, amount in enumerate(amounts) if amount}
     for dim in padded:
-        flow.freeze(node, source.at(dim), "its neighbours are mirrored into padding")
+        flow.freeze(node, source.at(dim), "its positions are repeated as padding")
     return Labels(tuple(node.meta["val"].shape), source.without(*padded))
+
+
+def pad_any(flow: Flow, node: fx.Node) -> Any:
+    """Padding whose mode is an argument."""
+    mode = flow.arguments(node)["mode"]
+    if mode == "constant":
+        return pad(flow, node)
+    return pad_mirrored(flow, node)
 
 
 def roll(flow: Flow, node: fx.Node) -> Any:
@@ -190,14 +210,26 @@ def _take(flow: Flow, node: fx.Node, source: Labels, indices: list[Any]) -> Any:
             flow.freeze(node, source.at(dim), "it is indexed by computed numbers", silent=True)
         elif value.dtype == torch.bool or value.dim() != 1 or len(dims) > 1:
             flow.freeze(node, source.at(dim), "it is indexed by a table", silent=True)
-    free = Labels(source.shape, tuple(
-        layer for layer in source.layers
-        if layer.dim not in dims or (len(dims) == 1 and known[layer.dim] is not None
-                                     and known[layer.dim].dim() == 1
-                                     and known[layer.dim].dtype != torch.bool)))
+    free = Labels(
+        source.shape,
+        tuple(
+            layer
+            for layer in source.layers
+            if layer.dim not in dims
+            or (
+                len(dims) == 1
+                and known[layer.dim] is not None
+                and known[layer.dim].dim() == 1
+                and known[layer.dim].dtype != torch.bool
+            )
+        ),
+    )
     zeros = [
-        None if item is None else
-        value if value is not None else torch.zeros(_index_shape(item), dtype=torch.long)
+        None
+        if item is None
+        else value
+        if value is not None
+        else torch.zeros(_index_shape(item), dtype=torch.long)
         for item, value in zip(indices, known, strict=True)
     ]
     return replay(flow, node, free, lambda ids: aten.index(ids, zeros))
@@ -245,6 +277,7 @@ RULES: dict[Any, Rule] = {
     aten.concat: concatenate,
     aten.stack: stack,
     aten.constant_pad_nd: pad,
+    aten.pad: pad_any,
     aten.reflection_pad1d: pad_mirrored,
     aten.reflection_pad2d: pad_mirrored,
     aten.reflection_pad3d: pad_mirrored,

@@ -39,7 +39,9 @@ def prelu(flow: Flow, node: fx.Node) -> Any:
     operand, slope = flow.labels(node.args[0]), flow.labels(node.args[1])
     if len(operand.shape) < 2:
         return operand
-    layers = flow.align(node, [(operand, 1), (slope, 0)] if slope.shape[0] > 1 else [(operand, 1)], 1)
+    layers = flow.align(
+        node, [(operand, 1), (slope, 0)] if slope.shape[0] > 1 else [(operand, 1)], 1
+    )
     return Labels(operand.shape, operand.without(1) + layers)
 
 

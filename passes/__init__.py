@@ -1,0 +1,35 @@
+"""The passes that come with fxprune, one per module, and those that plug-ins add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+
+from fxprune.errors import InputError
+from fxprune.pipeline import Pass
+
+ALL: tuple[type[Pass], ...] = ()
+
+
+def known() -> Mapping[str, type[Pass]]:
+    """Return every pass by name: those of ``ALL`` and those of the entry points ``fxprune.passes``.
+
+    Raises:
+        InputError: two passes have one name, or an entry point is not a pass.
+
+    """
+    found = {step.name: step for step in ALL}
+    for point in entry_points(group="fxprune.passes"):
+        step = point.load()
+        if not (isinstance(step, type) and issubclass(step, Pass)):
+            raise InputError(f"the entry point '{point.value}' in fxprune.passes is not a pass")
+        if (other := found.setdefault(step.name, step)) is not step:
+            raise InputError(
+                f"two passes are called '{step.name}': {other.__module__}.{other.__qualname__} and "
+                f"{point.value}; uninstall one of them"
+            )
+    return found
+
+
+if __name__ != "fxprune.passes":  # the folder is importable from a checkout, under the wrong name
+    raise ImportError("import fxprune.passes, not passes")
