@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any, ClassVar, final
 
 from fxprune.context import Context
 from fxprune.cost import Cost, cost
-from fxprune.errors import FxpruneError, OrderError, PreconditionError
+from fxprune.errors import OrderError, PreconditionError
+from fxprune.option_text import show
 from fxprune.program import Fact, Program
 
 Facts = frozenset[Fact[Any]]
@@ -33,6 +34,7 @@ class Outcome:
         skips: the places it declined.
         details: anything else worth a line in the report, as plain values (str, int, float,
             bool, None, and lists and dicts of them).
+
     """
 
     changes: int = 0
@@ -46,10 +48,12 @@ class Pass(ABC):
 
     A pass is handed a program that verifies and leaves one that verifies. ``needs`` are the facts
     it reads, ``gives`` those it establishes, ``keeps`` those that survive its changes; every other
-    fact is dropped, but only if something changed.
+    fact is dropped, but only if something changed. A pass that only decides, and never changes the
+    program, says so with ``acts = False``.
     """
 
     name: ClassVar[str]
+    acts: ClassVar[bool] = True
     needs: ClassVar[Facts] = frozenset()
     gives: ClassVar[Facts] = frozenset()
     keeps: ClassVar[Facts] = frozenset()
@@ -65,6 +69,7 @@ class Pass(ABC):
         Raises:
             PreconditionError: a fact that the pass reads is not there.
             PostconditionError: the pass left a program that does not verify.
+
         """
         missing = sorted(fact.name for fact in self.needs if fact.name not in program.facts)
         if missing:
@@ -80,19 +85,16 @@ class Pass(ABC):
 
     def __str__(self) -> str:
         changed = [
-            f"{field.name.replace('_', '-')}={_show(getattr(self, field.name))}"
+            f"{field.name.replace('_', '-')}={show(value)}"
             for field in fields(self)
-            if getattr(self, field.name) != field.default
+            if (value := getattr(self, field.name)) != default_of(field)
         ]
         return f"{self.name}{{{','.join(changed)}}}" if changed else self.name
 
 
-def _show(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return "[" + ",".join(_show(item) for item in value) + "]"
-    return str(value)
+def default_of(field: Field[Any]) -> object:
+    """Return the default of a pass's option, or ``dataclasses.MISSING`` if it has none."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Pipeline:
 
     Raises:
         OrderError: a pass reads a fact that nothing before it gives.
+
     """
 
     passes: tuple[Pass, ...]
@@ -139,13 +142,20 @@ class Pipeline:
 
     def _check_order(self) -> None:
         known: Facts = frozenset()
+        dropped: dict[Fact[Any], Pass] = {}
         for position, step in enumerate(self.passes, start=1):
-            if missing := step.needs - known:
-                names = ", ".join(sorted(fact.name for fact in missing))
-                raise OrderError(
-                    f"pass {position}, {step.name}, reads {names}, and nothing before it gives that"
-                )
-            known = known | step.gives
+            if missing := sorted(step.needs - known, key=lambda fact: fact.name):
+                reasons = [
+                    f"'{fact.name}', which {dropped[fact].name} before it does not keep"
+                    if fact in dropped
+                    else f"'{fact.name}', and nothing before it gives that"
+                    for fact in missing
+                ]
+                raise OrderError(f"pass {position}, {step.name}, reads {'; '.join(reasons)}")
+            if step.acts:
+                dropped |= dict.fromkeys(known - step.keeps - step.gives, step)
+                known &= step.keeps
+            known |= step.gives
 
     def __str__(self) -> str:
         return ",".join(str(step) for step in self.passes)
@@ -154,23 +164,33 @@ class Pipeline:
         return iter(self.passes)
 
     def run(
-        self, program: Program, context: Context | None = None, observe: tuple[Observer, ...] = ()
+        self,
+        program: Program,
+        context: Context | None = None,
+        observe: tuple[Observer, ...] = (),
+        *,
+        done: tuple[Entry, ...] = (),
     ) -> Report:
         """Run the passes in order on the program, in place.
 
-        Observers are called after every pass, once the program has been verified.
+        Args:
+            program: what the passes rewrite.
+            context: data, seed and the like; its dense program is a copy of ``program`` if absent.
+            observe: called after every pass, once the program has been verified.
+            done: the entries of the first passes, if the program has them behind it already.
+
         """
         context = context or Context()
         if context.dense is None:
             context = replace(context, dense=program.copy())
-        entries: list[Entry] = []
-        for step in self.passes:
+        entries = list(done)
+        for step in self.passes[len(done) :]:
             before, start = cost(program), time.perf_counter()
             try:
                 outcome = step(program, context)
-            except FxpruneError as error:
-                done = ", ".join(entry.spec for entry in entries) or "nothing"
-                error.add_note(f"in {step}, after {done}")
+            except Exception as error:
+                finished = ", ".join(entry.spec for entry in entries) or "nothing"
+                error.add_note(f"in {step}, after {finished}")
                 raise
             seconds = time.perf_counter() - start
             entries.append(Entry(str(step), seconds, outcome, before, cost(program)))
