@@ -63,9 +63,8 @@ def _make_functional(graph: fx.Graph) -> None:
         if operand.op == "get_attr" or _aliased_later(operand, order[node], order):
             continue
         node.target = target
-        operand.replace_all_uses_with(
-            node, delete_user_cb=lambda user, at=order[node]: order[user] > at
-        )
+        for user in [user for user in operand.users if order[user] > order[node]]:
+            user.replace_input_with(operand, node)
 
 
 VIEWS = frozenset(

@@ -65,7 +65,7 @@ class Survey:
         self.roles[role].append(ids)
 
     def decide(self, merges: Merges, prefer: Preference) -> Choices:
-        """Choose a factor for every split: one that can shrink, then the preferred role, then size."""
+        """Choose a factor for every split: can shrink, preferred role, finest, in that order."""
         offset = self.virtual_from
         size = self.count - offset
         local = Merges(size + 1)

@@ -84,12 +84,11 @@ def terms(program: Program) -> Iterator[Term]:
 
 
 def _batch(program: Program) -> int:
-    tensors = [
-        leaf for leaf in pytree.tree_leaves(program.example_inputs) if isinstance(leaf, Tensor)
-    ]
-    if program.dynamic and 0 in program.dynamic[0]:
-        return int(tensors[0].shape[0])
-    return 1
+    """Samples in the example inputs; a program of fixed size counts as one sample."""
+    leaves = pytree.tree_leaves(program.example_inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    dynamic = zip(tensors, program.dynamic, strict=False)
+    return next((int(tensor.shape[0]) for tensor, dims in dynamic if 0 in dims), 1)
 
 
 def _all(node: fx.Node) -> tuple[Place, ...]:
@@ -140,10 +139,7 @@ def _einsum(node: fx.Node) -> list[tuple[Place, ...]]:
         rank = len(shape_of(source))
         dots = "0123456789"[: rank - len(term.replace("...", ""))]
         for dim, letter in enumerate(term.replace("...", dots)):
-            if (
-                letter not in found
-                or shape_of(source)[dim] > shape_of(found[letter][0])[found[letter][1]]
-            ):
+            if letter not in found or shape_of(source)[dim] > 1:  # sizes of one broadcast
                 found[letter] = (source, dim)
     return [tuple(found.values())]
 

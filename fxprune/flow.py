@@ -79,10 +79,10 @@ class Flow:
                 self.freeze_all(node, node.all_input_nodes, "it reaches the model's output")
                 return None
         if node.target is operator.getitem:
-            source = self.values[node.args[0]]
-            return (
-                source[node.args[1]] if isinstance(source, list) else _unlabelled(node.meta["val"])
-            )
+            found, number = self.values[node.all_input_nodes[0]], node.args[1]
+            if isinstance(found, list) and isinstance(number, int):
+                return found[number]
+            return _unlabelled(node.meta["val"])
         rule = self.rules.get(getattr(node.target, "overloadpacket", node.target))
         if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             rule = self.rules["pointwise"]

@@ -133,7 +133,7 @@ def _normalized_shape(node: fx.Node, remains: Remains) -> None:
 
 
 def _group_norm(node: fx.Node, remains: Remains) -> None:
-    groups, mask = int(node.args[1]), remains.kept[0].get(1)  # type: ignore[call-overload]
+    groups, mask = int(node.args[1]), remains.kept[0].get(1)  # type: ignore[arg-type]
     if mask is not None:
         node.update_arg(1, int(mask.view(groups, -1).any(1).sum()))
 

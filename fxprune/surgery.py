@@ -81,13 +81,14 @@ def replace_node(program: Program, old: fx.Node, new: fx.Node) -> None:
 
 
 def drop_unused(program: Program) -> None:
-    """Erase calls and reads that nothing uses, then the tensors that no node reads."""
+    """Erase calls and reads that nothing uses, then tensors read under none of their names."""
     program.graph.eliminate_dead_code()
     read = {node.target for node in program.graph.nodes if node.op == "get_attr"}
     module = program.graph_module
-    for name in [*dict(module.named_parameters(remove_duplicate=False))] + [
-        *dict(module.named_buffers(remove_duplicate=False))
-    ]:
-        if name not in read:
+    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    tensors |= dict(module.named_buffers(remove_duplicate=False))
+    used = {id(tensors[name]) for name in read if name in tensors}
+    for name, tensor in tensors.items():
+        if id(tensor) not in used:
             owner, leaf = owner_of(module, name)
             delattr(owner, leaf)

@@ -88,9 +88,9 @@ def _export(
     try:
         return torch.export.export(model, inputs, strict=False)
     except Exception as error:
-        reason = str(error).strip().split("\n\n")[0]
+        reason = f"{type(error).__name__}: {error}".strip().split("\n\n")[0]
         raise TraceError(
-            f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: {reason}. "
+            f"torch.export cannot capture {type(model).__name__}: {reason}. "
             "Data-dependent control flow is the usual cause; capture the part without it, such as "
             "a detection model's backbone"
         ) from error
@@ -100,7 +100,9 @@ def _export_dynamic(
     model: nn.Module, inputs: tuple[Any, ...], dynamic: Mapping[int, frozenset[int]]
 ) -> ExportedProgram:
     leaves, spec = pytree.tree_flatten(inputs)
-    number, doubled, shapes = 0, [], []
+    number = 0
+    doubled: list[Any] = []
+    shapes: list[Any] = []
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             doubled.append(leaf)

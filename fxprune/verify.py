@@ -112,7 +112,7 @@ class _Unread(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         for read, kept in self._masks[n]:
             args = _zeroed(args, read.argument, read.dim, kept[read.dim])
-        return self.call_function(n.target, args, kwargs)  # type: ignore[arg-type]
+        return self.call_function(n.target, args, kwargs)
 
 
 def _zeroed(args: Any, path: tuple[Any, ...], dim: int, keep: Tensor) -> Any:

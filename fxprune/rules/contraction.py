@@ -99,19 +99,16 @@ def einsum(flow: Flow, node: fx.Node) -> Any:
         counts = terms.replace(",", "").replace(".", "")
         single = "".join(sorted(c for c in set(counts) if counts.count(c) == 1))
         result = ("..." if "..." in terms else "") + single
-    spans = [
-        len(found.shape) - len(term.replace("...", ""))
-        for term, found in zip(operands, labels, strict=True)
-    ]
+    pairs = list(zip(operands, labels, strict=True))
+    spans = [len(found.shape) - len(term.replace("...", "")) for term, found in pairs]
     dots = "0123456789"[: max(spans)]
+    result = result.replace("...", dots)
     places: list[tuple[Path, Labels, str]] = []
-    for number, (term, found, span) in enumerate(zip(operands, labels, spans, strict=True)):
+    for number, ((term, found), span) in enumerate(zip(pairs, spans, strict=True)):
         places.append(((1, number), found, term.replace("...", dots[len(dots) - span :])))
     if len(labels) == 2:
-        _note_einsum_roles(
-            flow, [place[2] for place in places], labels, result.replace("...", dots)
-        )
-    return contract(flow, node, places, result.replace("...", dots))
+        _note_einsum_roles(flow, [place[2] for place in places], labels, result)
+    return contract(flow, node, places, result)
 
 
 def _note_einsum_roles(flow: Flow, terms: list[str], labels: list[Labels], result: str) -> None:

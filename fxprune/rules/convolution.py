@@ -59,6 +59,8 @@ def _grouped(
         flow.freeze(node, [*weight.at(0), *weight.at(1)], "its input channels cannot shrink")
         return Labels((groups * out,))
     rows, columns = next(weight.at(0), None), next(weight.at(1), None)
+    made: Layer | None
+    inner: Layer | Tensor | None
     if rows is None:
         flow.freeze(node, [entering], "the weight of this convolution is not a parameter")
         return Labels((groups * out,))

@@ -13,12 +13,21 @@ from fxprune.labels import Labels, Layer, spread
 aten = torch.ops.aten
 
 
+# Identities are spread without memory, so that views of the values may be copies of theirs.
+COPYING: dict[Any, Any] = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.view_as.default: aten.reshape_as.default,
+}
+
+
 def move(flow: Flow, node: fx.Node) -> Any:
     """Execute a one-operand movement on the identities of each layer of its operand."""
     source = flow.labels(node.args[0])
+    target: Any = COPYING.get(node.target, node.target)
     rest = flow.concrete(node.args[1:])
     keywords = {name: flow.concrete(value) for name, value in node.kwargs.items()}
-    return replay(flow, node, source, lambda ids: node.target(ids, *rest, **keywords))
+    return replay(flow, node, source, lambda ids: target(ids, *rest, **keywords))
 
 
 def replay(flow: Flow, node: fx.Node, source: Labels, movement: Any) -> Any:
@@ -98,21 +107,11 @@ def concatenate(flow: Flow, node: fx.Node) -> Any:
     dim = (given["dim"] or 0) % len(shape)
     sources = [source for source in sources if len(source.shape) == len(shape)]
     ids = [_joined(flow, node, source, dim) for source in sources]
-    layers = (
-        ()
-        if all(part is None for part in ids)
-        else (
-            Layer(
-                dim,
-                torch.cat(
-                    [
-                        torch.zeros(source.shape[dim], dtype=torch.int32) if part is None else part
-                        for source, part in zip(sources, ids, strict=True)
-                    ]
-                ),
-            ),
-        )
-    )
+    layers: tuple[Layer, ...] = ()
+    if any(part is not None for part in ids):
+        none = [torch.zeros(source.shape[dim], dtype=torch.int32) for source in sources]
+        parts = [n if part is None else part for n, part in zip(none, ids, strict=True)]
+        layers = (Layer(dim, torch.cat(parts)),)
     for other in range(len(shape)):
         if other != dim:
             layers += flow.align(node, [(source, other) for source in sources], other)
@@ -120,13 +119,9 @@ def concatenate(flow: Flow, node: fx.Node) -> Any:
 
 
 def _joined(flow: Flow, node: fx.Node, source: Labels, dim: int) -> Tensor | None:
-    first, *others = [*source.at(dim), None]
-    if first is None:
-        return None
-    if first.ids.numel() == 0:
-        return None
-    flow.freeze(node, [layer for layer in others if layer], "two labels meet in a concatenation")
-    return first.ids
+    layers = list(source.at(dim))
+    flow.freeze(node, layers[1:], "two labels meet in a concatenation")
+    return layers[0].ids if layers else None
 
 
 def stack(flow: Flow, node: fx.Node) -> Any:
@@ -201,38 +196,25 @@ def index_select(flow: Flow, node: fx.Node) -> Any:
 
 
 def _take(flow: Flow, node: fx.Node, source: Labels, indices: list[Any]) -> Any:
+    """Index tensors that are not known are stood in for: where they point does not matter."""
     known = [None if item is None else flow.constant(item) for item in indices]
-    dims = [dim for dim, item in enumerate(indices) if item is not None]
-    for dim, item, value in zip(range(len(indices)), indices, known, strict=True):
-        if item is None:
-            continue
-        if value is None:
-            flow.freeze(node, source.at(dim), "it is indexed by computed numbers", silent=True)
-        elif value.dtype == torch.bool or value.dim() != 1 or len(dims) > 1:
-            flow.freeze(node, source.at(dim), "it is indexed by a table", silent=True)
-    free = Labels(
-        source.shape,
-        tuple(
-            layer
-            for layer in source.layers
-            if layer.dim not in dims
-            or (
-                len(dims) == 1
-                and known[layer.dim] is not None
-                and known[layer.dim].dim() == 1
-                and known[layer.dim].dtype != torch.bool
-            )
-        ),
-    )
+    used = [dim for dim, item in enumerate(indices) if item is not None]
+    for dim in used:
+        if not (len(used) == 1 and _is_list(known[dim])):
+            why = "it is indexed by " + ("computed numbers" if known[dim] is None else "a table")
+            flow.freeze(node, source.at(dim), why, silent=True)
+            source = Labels(source.shape, source.without(dim))
     zeros = [
-        None
-        if item is None
+        torch.zeros(_index_shape(item), dtype=torch.long)
+        if value is None and item is not None
         else value
-        if value is not None
-        else torch.zeros(_index_shape(item), dtype=torch.long)
         for item, value in zip(indices, known, strict=True)
     ]
-    return replay(flow, node, free, lambda ids: aten.index(ids, zeros))
+    return replay(flow, node, source, lambda ids: aten.index(ids, zeros))
+
+
+def _is_list(index: Tensor | None) -> bool:
+    return index is not None and index.dim() == 1 and index.dtype != torch.bool
 
 
 def _index_shape(item: fx.Node) -> tuple[int, ...]:

@@ -84,8 +84,8 @@ SAME = (
     "tril", "nan_to_num", "rrelu", "bernoulli", "fill", "zero", "float", "half", "double", "long",
     "conj", "resolve_conj", "hardshrink", "softshrink", "tanhshrink", "threshold", "square",
 )  # fmt: skip
-POINTWISE = ("where", "masked_fill", "lerp", "addcmul", "addcdiv", "clamp", "rsub", "fake_quantize",
-             "maximum", "minimum", "true_divide", "floor_divide", "multiply", "divide", "subtract")  # fmt: skip
+POINTWISE = ("where", "masked_fill", "lerp", "addcmul", "addcdiv", "clamp", "rsub", "maximum",
+             "minimum", "true_divide", "floor_divide", "multiply", "divide", "subtract")  # fmt: skip
 UNIFORM = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty",
            "scalar_tensor")  # fmt: skip
 UNLABELLED = ("arange", "linspace", "eye", "rand", "randn", "randint", "tensor", "meshgrid",

@@ -63,6 +63,7 @@ def recurrent(gates: int) -> Rule:
         incoming = [(operand, len(operand.shape) - 1)]
         reads: list[Read] = [Read((0,), len(operand.shape) - 1)]
         hidden: list[Tensor] = []
+        width = torch.empty(0, dtype=torch.int32)
         for cell in range(0, expected, per_cell):
             own = _cell(flow, node, parameters[cell : cell + per_cell], gates, incoming)
             reads.append(Read((len(node.args[:2]), cell + 1), 1))
@@ -75,8 +76,8 @@ def recurrent(gates: int) -> Rule:
             flow.merge(node, hidden[0], own)  # one state tensor holds the units of every cell
         for state in states:
             labels = flow.labels(state)
-            own = Labels((hidden[0].numel(),), (Layer(0, hidden[0]),))
-            flow.align(node, [(labels, len(labels.shape) - 1), (own, 0)], 0)
+            cell_state = Labels((hidden[0].numel(),), (Layer(0, hidden[0]),))
+            flow.align(node, [(labels, len(labels.shape) - 1), (cell_state, 0)], 0)
         return _outputs(node, (width, hidden[0]))
 
     return rule
