@@ -151,21 +151,6 @@ class Flow:
             return [self.concrete(item) for item in value]
         return value
 
-    def constant(self, value: Any) -> Tensor | None:
-        """Compute an argument that depends on no input, such as an index table; else None."""
-        if not isinstance(value, fx.Node):
-            return value if isinstance(value, Tensor) else None
-        if value.op == "placeholder":
-            return None
-        if value.op == "get_attr":
-            return self.program.tensor(str(value.target))
-        if any(self.constant(source) is None for source in value.all_input_nodes):
-            return None
-        compute: Callable[[fx.Node], Any] = lambda source: self.constant(source)  # noqa: E731
-        args, kwargs = fx.map_arg((value.args, dict(value.kwargs)), compute)
-        result = value.target(*args, **kwargs)  # type: ignore[operator]
-        return result if isinstance(result, Tensor) else None
-
     def reason(self, node: fx.Node, why: str, *, silent: bool = False) -> Reason:
         """Explain a freeze: operator, node, module path, source line, and why."""
         return Reason(node.name, f"{why} ({describe(node)})", silent)

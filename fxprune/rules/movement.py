@@ -183,7 +183,7 @@ def roll(flow: Flow, node: fx.Node) -> Any:
 
 
 def index(flow: Flow, node: fx.Node) -> Any:
-    """Indexing by constants moves data; indexing by data fixes the dimension."""
+    """Indexing by numbers fixes the indexed dimensions; the others move."""
     source, indices = flow.labels(node.args[0]), node.args[1]
     return _take(flow, node, source, list(indices))  # type: ignore[arg-type]
 
@@ -196,25 +196,17 @@ def index_select(flow: Flow, node: fx.Node) -> Any:
 
 
 def _take(flow: Flow, node: fx.Node, source: Labels, indices: list[Any]) -> Any:
-    """Index tensors that are not known are stood in for: where they point does not matter."""
-    known = [None if item is None else flow.constant(item) for item in indices]
+    """What indexes and what is indexed stay; where the indices point does not matter then."""
     used = [dim for dim, item in enumerate(indices) if item is not None]
     for dim in used:
-        if not (len(used) == 1 and _is_list(known[dim])):
-            why = "it is indexed by " + ("computed numbers" if known[dim] is None else "a table")
-            flow.freeze(node, source.at(dim), why, silent=True)
-            source = Labels(source.shape, source.without(dim))
+        flow.freeze(node, source.at(dim), "it is indexed by numbers", silent=True)
+        flow.freeze(node, flow.labels(indices[dim]).layers, "it holds indices", silent=True)
     zeros = [
-        torch.zeros(_index_shape(item), dtype=torch.long)
-        if value is None and item is not None
-        else value
-        for item, value in zip(indices, known, strict=True)
+        None if item is None else torch.zeros(_index_shape(item), dtype=torch.long)
+        for item in indices
     ]
-    return replay(flow, node, source, lambda ids: aten.index(ids, zeros))
-
-
-def _is_list(index: Tensor | None) -> bool:
-    return index is not None and index.dim() == 1 and index.dtype != torch.bool
+    rest = Labels(source.shape, source.without(*used))
+    return replay(flow, node, rest, lambda ids: aten.index(ids, zeros))
 
 
 def _index_shape(item: fx.Node) -> tuple[int, ...]:
