@@ -1,0 +1,106 @@
+"""Relative traces: probes, round by round, until the ranking at the cut has settled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fxprune.errors import FxpruneError, InputError
+from fxprune.sensitivity_model import Weights, single_tensor
+from fxprune.sensitivity_probes import TraceProbes, piecewise_linear
+from fxprune.sensitivity_tally import Tally
+from fxprune.sensitivity_task import Details, Measured, Task
+
+
+def trace_scores(task: Task) -> Measured:
+    """Score by relative traces, ``Tr(H_uu) / (2 |u|) ||w_u||^2``, until the ranking has settled."""
+    settings, layout = task.settings, task.layout
+    probes = _trace_probes(task)
+    squares = {name: task.program.tensor(name).detach().square() for name in layout.labels}
+    factor = layout.sums(squares) / layout.counts(task.program) / 2
+    tally = Tally(len(layout))
+    treat: Callable[[Tensor], Tensor] = (
+        torch.abs if settings.negative == "abs" else lambda trace: trace.clamp(min=0)
+    )
+    round_number, made = 0, 0
+    while size := settings.rule.next_round(made):
+        samples, probes = _round(task, probes, size, round_number)
+        for sample in samples:
+            tally.add(sample)
+        made, round_number = made + size, round_number + 1
+        scores, errors = treat(tally.mean) * factor, tally.error * factor
+        if settings.rule.settled(scores, errors, tally.count):
+            break
+    if not tally.count:
+        raise FxpruneError(
+            f"none of {tally.dropped} probes was finite in {settings.precision}; "
+            "use precision=bf16 or fp32"
+        )
+    details: Details = {
+        "probes": tally.count,
+        "dropped_probes": tally.dropped,
+        "negative_traces": int((tally.mean < 0).sum()),
+        "probed": "outputs" if probes.outputs else "weights",
+        "settled": str(settings.rule.settled(scores, errors, tally.count)).lower(),
+        "wrong_share_of_cut": settings.rule.wrong_share(scores, errors),
+    }
+    return Measured(scores, errors, details)
+
+
+def _trace_probes(task: Task) -> TraceProbes:
+    settings, objective = task.settings, task.objective()
+    matrix: Literal["hessian", "gauss-newton"] = (
+        "hessian" if settings.criterion == "hessian-trace" else "gauss-newton"
+    )
+    with torch.no_grad():
+        single = single_tensor(task.program(*task.program.example_inputs)) is not None
+    rooted = objective.kind != "other" and single
+    able = rooted and (matrix == "gauss-newton" or piecewise_linear(task.program))
+    if settings.estimator == "outputs" and not able:
+        raise InputError(
+            f"estimator=outputs cannot give the {settings.criterion}: it takes cross-entropy or a "
+            "squared error on one output, and for the Hessian a network that is piecewise linear "
+            "in each weight; use estimator=weights"
+        )
+    return TraceProbes(
+        task.program,
+        task.layout,
+        Weights.of(task.program, list(task.layout.labels)),
+        objective,
+        matrix,
+        able and settings.estimator != "weights",
+        settings.precision,
+        2.0**12 if settings.precision == "fp16" else 1.0,
+    )
+
+
+def _round(task: Task, probes: TraceProbes, size: int, number: int) -> tuple[Tensor, TraceProbes]:
+    """Make ``size`` probes on every batch; the loss scale halves where one was not finite."""
+    total = torch.zeros(size, len(task.layout), dtype=torch.float64)
+    seen = 0
+    stream = task.context.progress.track(task.batches(), f"probing, round {number + 1}")
+    for position, batch in enumerate(stream):
+        generator = torch.Generator().manual_seed(
+            task.context.seed * 1_000_003 + number * 10_007 + position
+        )
+        sample = probes.prepare(batch, generator)
+        made = torch.stack([sample(_signs(generator)) for _ in range(size)])
+        total += made * len(batch)
+        seen += len(batch)
+        if not bool(made.isfinite().all()) and probes.scale > 1:
+            probes = replace(probes, scale=probes.scale / 16)
+    if not seen:
+        raise InputError("there are fewer calibration samples than the model's fixed batch size")
+    return total / seen, probes
+
+
+def _signs(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    def signs(like: Tensor) -> Tensor:
+        drawn = torch.randint(2, like.shape, generator=generator) * 2 - 1
+        return drawn.to(like.device, like.dtype)
+
+    return signs

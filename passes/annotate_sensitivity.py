@@ -1,0 +1,91 @@
+"""Score every removable unit by how much the loss rises if it goes.
+
+Before:
+    get_attr conv1.weight
+
+After:
+    get_attr conv1.weight      meta["fxprune.sensitivity"] = {0: one score per output channel}
+
+and the fact ``sensitivity``: by group, one score per unit and, where it is an estimate, its
+standard error. The relative Hessian trace of HAP (arXiv 2101.08940) of a unit ``u`` is
+``Tr(H_uu) / (2 |u|) ||w_u||^2`` over all weights that die with it; its probes stop once the ranking
+at the cut has settled. Other criteria are scored in the same way and compared in
+``docs/sensitivity.md``. Groups that a criterion cannot score (``bn-scale`` where there is no batch
+norm) are declined and get no scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fxprune.context import Context
+from fxprune.facts import SENSITIVITY
+from fxprune.groups import find_groups
+from fxprune.pipeline import Facts, Outcome, Pass, Skip
+from fxprune.program import Program
+from fxprune.sensitivity import measure
+from fxprune.sensitivity_model import LabelSource, Precision
+from fxprune.sensitivity_tally import StoppingRule
+from fxprune.sensitivity_task import Criterion, Estimator, Negative, Settings
+
+META = "fxprune.sensitivity"
+
+
+@dataclass(frozen=True)
+class AnnotateSensitivity(Pass):
+    """Score every removable unit.
+
+    Attributes:
+        criterion: hessian-trace, gauss-newton-trace, gauss-newton, fisher, taylor, magnitude-l1,
+            magnitude-l2, bn-scale, activation or random.
+        probes: how many probes a trace may take at most.
+        min_probes: how many it takes before it first asks whether the ranking has settled.
+        cut: the share of units, least sensitive first, whose membership has to settle.
+        tolerance: the share of them that may be expected to be wrong; 0 takes all probes.
+        precision: fp32, bf16 or fp16 for the model; sums are always in fp32 at least.
+        samples: calibration samples.
+        batch_size: of the batches that they are streamed in.
+        labels: data, predicted or sampled.
+        estimator: weights, outputs or auto; what trace probes perturb.
+        negative: abs or clamp; what becomes of negative traces.
+        output_probes: random vectors per batch for gauss-newton.
+
+    """
+
+    criterion: Criterion = "hessian-trace"
+    probes: int = 300
+    min_probes: int = 16
+    cut: float = 0.5
+    tolerance: float = 0.01
+    precision: Precision = "fp32"
+    samples: int = 256
+    batch_size: int = 64
+    labels: LabelSource = "data"
+    estimator: Estimator = "auto"
+    negative: Negative = "abs"
+    output_probes: int = 16
+
+    name: ClassVar[str] = "annotate-sensitivity"
+    acts: ClassVar[bool] = False
+    gives: ClassVar[Facts] = frozenset({SENSITIVITY})
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        """Measure, record the fact, and annotate the parameter nodes."""
+        settings = Settings(
+            self.criterion, self.samples, self.batch_size, self.precision, self.labels,
+            self.estimator, self.negative,
+            StoppingRule(self.cut, self.tolerance, self.min_probes, self.probes),
+            self.output_probes,
+        )  # fmt: skip
+        groups = find_groups(program)
+        sensitivity, layout, skipped = measure(program, groups, settings, context)
+        program.put(SENSITIVITY, sensitivity)
+        scores = layout.joined(sensitivity.scores)
+        spread = layout.spread(scores)
+        for node in program.tensor_nodes():
+            node.meta.pop(META, None)
+            if str(node.target) in spread:
+                node.meta[META] = spread[str(node.target)]
+        skips = tuple(Skip(name, reason) for name, reason in skipped.items())
+        return Outcome(0, skips, {"criterion": self.criterion, **sensitivity.details})
