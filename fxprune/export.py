@@ -1,0 +1,207 @@
+"""Programs to ONNX, checked against PyTorch in ONNX Runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, fx
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import PostconditionError
+from fxprune.program import Program
+from fxprune.surgery import insert_call, replace_node
+from fxprune.verify import relative_error
+
+aten = torch.ops.aten
+PARITY_LIMIT = 1e-3
+ONE_FILE_LIMIT = 2**31 - 2**24  # protobuf holds less than 2 GiB; some room for the graph
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """What was written, and how near ONNX Runtime comes to PyTorch.
+
+    Attributes:
+        parity: the largest difference between outputs over the largest output; None if unchecked.
+        onnx_bytes: size of the file, external weights included.
+
+    """
+
+    parity: float | None
+    onnx_bytes: int
+
+
+def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> ExportCheck:
+    """Write a program as ONNX; the file appears whole, and only if it is right.
+
+    The batch dimension is dynamic where the program's is. Weights are in the file itself unless
+    they exceed 2 GB.
+
+    Args:
+        program: what to write; it is not changed.
+        path: the file.
+        check: run it in ONNX Runtime on the example inputs and, where the batch is dynamic, on
+            another batch size.
+
+    Raises:
+        PostconditionError: ONNX Runtime's outputs differ by more than 1e-3 of the largest.
+
+    """
+    path = Path(path)
+    ready = program.copy().to("cpu").eval()
+    _spell_attention(ready)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with _quiet():
+            _write(ready, aside)
+        parity = _parity(ready, aside) if check else None
+        if parity is not None and not parity <= PARITY_LIMIT:
+            raise PostconditionError(
+                f"ONNX Runtime's output differs from PyTorch's by {parity:.2e} of the largest "
+                f"value (limit {PARITY_LIMIT:g}); {path} was not written; please report it with the model"
+            )
+        size = sum(part.stat().st_size for part in path.parent.glob(f"{aside.name}*"))
+        for part in sorted(path.parent.glob(f"{aside.name}*")):
+            part.replace(path.with_name(part.name.replace(aside.name, path.name)))
+    finally:
+        for part in path.parent.glob(f"{aside.name}*"):
+            part.unlink()
+    return ExportCheck(parity, size)
+
+
+def _write(program: Program, path: Path) -> None:
+    inputs, shapes = _doubled(program)
+    weights = sum(t.numel() * t.element_size() for t in program.graph_module.state_dict().values())
+    onnx_program = torch.onnx.export(
+        program.graph_module,
+        inputs,
+        dynamo=True,
+        dynamic_shapes=shapes,
+        verbose=False,
+        external_data=weights > ONE_FILE_LIMIT,
+    )
+    assert onnx_program is not None
+    onnx_program.save(str(path), external_data=weights > ONE_FILE_LIMIT)
+
+
+def _doubled(program: Program) -> tuple[tuple[Any, ...], Any]:
+    """Example inputs with at least two of every dynamic size, and which sizes are dynamic."""
+    leaves, spec = pytree.tree_flatten(program.example_inputs)
+    dims = iter(program.dynamic)
+    inputs: list[Any] = []
+    shapes: list[Any] = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            inputs.append(leaf)
+            shapes.append(None)
+            continue
+        dynamic = next(dims, frozenset())
+        for dim in dynamic:
+            if leaf.shape[dim] == 1:
+                leaf = torch.cat([leaf, leaf], dim)
+        inputs.append(leaf)
+        shapes.append(dict.fromkeys(dynamic, Dim.AUTO) or None)
+    shape_tree = pytree.tree_unflatten(shapes, spec) if program.dynamic else None
+    return pytree.tree_unflatten(inputs, spec), shape_tree
+
+
+def _parity(program: Program, path: Path) -> float:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for inputs in (program.example_inputs, _doubled(program)[0]):
+        with torch.no_grad():
+            expected = [t for t in pytree.tree_leaves(program(*inputs)) if isinstance(t, Tensor)]
+        found = session.run(None, feeds(session, inputs))
+        for left, right in zip(expected, found, strict=True):
+            worst = max(worst, relative_error(left, torch.from_numpy(np.asarray(right))))
+    return worst
+
+
+def feeds(session: onnxruntime.InferenceSession, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Name a program's inputs as an ONNX Runtime session does."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    names = [item.name for item in session.get_inputs()]
+    return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=False)}
+
+
+def initialiser_elements(path: str | Path) -> int:
+    """Count the elements of all weights in an ONNX file."""
+    model = onnx.load(str(path), load_external_data=False)
+    return sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress lines and its notes on its own internals off the screen."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _spell_attention(program: Program) -> None:
+    """Write attention as products and a softmax: the exporter's own decomposition fails on some.
+
+    ``softmax(q k' * scale + mask) v``, exact for additive and boolean masks, causal ones, and
+    query heads that share keys.
+    """
+    for node in list(program.graph.nodes):
+        if node.target is aten.scaled_dot_product_attention.default:
+            _spell_one(program, node)
+    program.refresh()
+
+
+def _spell_one(program: Program, node: fx.Node) -> None:
+    query, key, value = node.args[:3]
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
+    shape, keys = query.meta["val"].shape, key.meta["val"].shape
+    scale = node.kwargs.get("scale")
+    scale = 1 / math.sqrt(shape[-1]) if scale is None else scale
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        return insert_call(program, node, target, args)
+
+    if node.kwargs.get("enable_gqa") and shape[-3] != keys[-3]:
+        times = shape[-3] // keys[-3]
+        key, value = (call(aten.repeat_interleave.self_int, x, times, -3) for x in (key, value))
+    scores = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1))
+    scores = call(aten.mul.Tensor, scores, scale)
+    if causal:
+        allowed = torch.ones(shape[-2], keys[-2], dtype=torch.bool).tril()
+        blocked = torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf)
+        name = f"causal_mask_{node.name}"
+        program.graph_module.register_buffer(name, blocked.to(query.meta["val"].dtype))
+        with program.graph.inserting_before(node):
+            mask = program.graph.get_attr(name)
+    elif isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool:
+        hidden = call(aten.logical_not.default, mask)
+        zeros = call(aten.zeros_like.default, scores)
+        mask = call(aten.masked_fill.Scalar, zeros, hidden, -math.inf)
+    if mask is not None:
+        scores = call(aten.add.Tensor, scores, mask)
+    weights = call(aten.softmax.int, scores, -1)
+    replace_node(program, node, call(aten.matmul.default, weights, value))
