@@ -72,7 +72,8 @@ def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> Ex
         if parity is not None and not parity <= PARITY_LIMIT:
             raise PostconditionError(
                 f"ONNX Runtime's output differs from PyTorch's by {parity:.2e} of the largest "
-                f"value (limit {PARITY_LIMIT:g}); {path} was not written; please report it with the model"
+                f"value (limit {PARITY_LIMIT:g}); {path} was not written; please report it with "
+                "the model"
             )
         size = sum(part.stat().st_size for part in path.parent.glob(f"{aside.name}*"))
         for part in sorted(path.parent.glob(f"{aside.name}*")):
