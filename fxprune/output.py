@@ -1,0 +1,86 @@
+"""Files that appear whole or not at all: they are written aside, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fxprune.errors import InputError
+
+ASIDE = ".fxprune-partial"
+
+
+def prepare(folder: Path) -> Path:
+    """Make sure that files can be put into a folder, making it if need be; returns its path.
+
+    Raises:
+        InputError: the folder cannot be made or written to; nothing has been left behind.
+
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    probe = folder / f"{ASIDE}-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        drop_empty(made)
+        raise InputError(
+            f"cannot write into the output folder {folder}: {error.strerror or error}; "
+            "choose another with -o, or mend its permissions"
+        ) from error
+    return folder
+
+
+def drop_empty(folders: list[Path]) -> None:
+    """Remove those folders, innermost first, that exist and have nothing in them."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Yield a scratch folder inside ``folder``; its files move up if the block ends well.
+
+    If the block raises, by Ctrl-C too, nothing in ``folder`` has changed, and the folder itself
+    goes again if it was made for this. Each file is replaced in one step, in alphabetical order
+    but for ``report.json``, which comes last and so says that the others are complete.
+
+    Raises:
+        InputError: the folder cannot be written to.
+
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    aside = prepare(folder) / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    aside.mkdir()
+    try:
+        yield aside
+        files = sorted(aside.iterdir(), key=lambda path: (path.name == "report.json", path.name))
+        for path in files:
+            _sync(path)
+        for path in files:
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        drop_empty(made)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, then rename it into place."""
+    aside = path.with_name(f"{ASIDE}-{path.name}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        _sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
