@@ -10,6 +10,7 @@ The folder holds ``imagenet_sample1000_224.npz``: ``jpeg`` (the files' bytes, on
 from __future__ import annotations
 
 import io
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def data(root: str, seed: int = 0, limit: int | None = None) -> Data:
     with np.load(path, allow_pickle=False) as arrays:
         content, offsets = arrays["jpeg"].tobytes(), arrays["offsets"].tolist()
         labels = torch.from_numpy(arrays["labels"]).long()
-    files = [content[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
+    files = [content[start:end] for start, end in itertools.pairwise(offsets)]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(int(seed)))
     halves = [half[: None if limit is None else int(limit)] for half in order.tensor_split(2)]
     first, second = (

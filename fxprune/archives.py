@@ -106,7 +106,7 @@ def _strings(value: Any, key: str) -> Iterator[tuple[str, str]]:
     """Yield every string of a JSON value, with the nearest key that it stands under."""
     if isinstance(value, dict):
         for name, item in value.items():
-            yield "the name", name
+            yield "the size" if key == "range_constraints" else "the name", name
             if name != "metadata" or not _is_prose(item):
                 yield from _strings(item, name)
     elif isinstance(value, list):
@@ -168,6 +168,7 @@ def _is_structure(text: str) -> bool:
 
 
 CHECKS: dict[str, Callable[[str], bool]] = {
+    "the size": _is_expression,
     "expr_str": _is_expression,
     "guards_code": _is_expression,
     "target": _is_operator,

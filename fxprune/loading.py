@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.export import ExportedProgram
 
+from fxprune import serialize
 from fxprune.archives import check_exported
 from fxprune.compat import enable_torchvision
 from fxprune.errors import InputError
@@ -135,10 +136,10 @@ def _load_program(path: Path, trust_pickle: bool) -> nn.Module | Program:
         names = archive.namelist()
         if damaged := archive.testzip():
             raise _broken(path, f"{damaged} in it is damaged")
-    if not any(name.endswith("archive_format") or name == "version" for name in names):
-        from fxprune import serialize
-
+    if serialize.is_program(path):
         return serialize.load(path)
+    if not any(name.endswith("archive_format") or name == "version" for name in names):
+        raise _broken(path, "it is a zip archive, but of no program")
     if not trust_pickle:
         check_exported(path)
     try:

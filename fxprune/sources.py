@@ -113,7 +113,7 @@ def _from_npz(path: Path, scaling: Scaling, seed: int) -> Data:
     if not path.exists():
         raise InputError(f"--data {path}: there is no such file")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if "x" not in arrays:
                 raise InputError(
                     f"--data {path} holds {', '.join(arrays) or 'nothing'}; it needs an array x "
@@ -121,7 +121,7 @@ def _from_npz(path: Path, scaling: Scaling, seed: int) -> Data:
                 )
             x = arrays["x"]
             y = arrays.get("y")
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
             f"--data {path} cannot be read ({error}); save it with numpy.savez, numbers only"
         ) from error

@@ -1,6 +1,6 @@
-"""Train the digits network from scratch, as digits.safetensors was: python -m examples.digits.train.
+"""Train the digits network from scratch, as ``digits.safetensors`` was.
 
-Takes about half a minute on one core.
+Run ``python -m examples.digits.train`` in the checkout; it takes about half a minute on one core.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def train(data: Data, epochs: int = 25, seed: int = 0) -> nn.Module:
         for batch in batches(data.train, 64, seed=seed + epoch):
             optimizer.zero_grad()
             outputs = model(shifted(batch.inputs[0], generator))
+            assert batch.target is not None
             F.cross_entropy(outputs, batch.target, label_smoothing=0.05).backward()
             optimizer.step()
         schedule.step()
