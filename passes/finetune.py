@@ -1,0 +1,65 @@
+"""Train the program a little, with the dense model as a teacher.
+
+Before:
+    conv2d: 8x16x32x32 = conv2d(x, <conv1.weight 16x3x3x3>)
+
+After:
+    conv2d: 8x16x32x32 = conv2d(x, <conv1.weight 16x3x3x3>)   # other numbers in it
+
+The loss is ``(1 - distill) * loss(outputs, target) + distill * distance(outputs, dense outputs)``;
+the distance is the softened divergence of arXiv 1503.02531 for cross-entropy, and a relative
+squared error for other losses. Without labels the distance is all there is. Zeros of masks are
+kept; batch norms update their statistics. Fails, and does not guess, where there is no training
+data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import ClassVar, Literal
+
+from fxprune.context import Context
+from fxprune.facts import MASKS, REMOVED
+from fxprune.pipeline import Facts, Outcome, Pass
+from fxprune.program import Program
+from fxprune.training import Schedule, train
+
+
+@dataclass(frozen=True)
+class Finetune(Pass):
+    """Fine-tune all parameters.
+
+    Attributes:
+        epochs: passes over the training data.
+        lr: peak learning rate; it rises linearly, then decays to zero as a cosine.
+        optimizer: sgd (Nesterov momentum 0.9) or adamw.
+        warmup: the share of all steps over which the rate rises.
+        weight_decay: on weights, not on biases and norms.
+        batch_size: samples per step.
+        distill: weight of the distance to the dense model; the loss on labels weighs the rest.
+        temperature: softens both sides of the distillation.
+        clip: the largest norm of a step's gradient; 0 for no limit.
+
+    """
+
+    epochs: int = 1
+    lr: float = 0.02
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    warmup: float = 0.1
+    weight_decay: float = 5e-4
+    batch_size: int = 64
+    distill: float = 0.7
+    temperature: float = 4.0
+    clip: float = 5.0
+
+    name: ClassVar[str] = "finetune"
+    keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS})
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        """Train; changes counts the parameters that took part."""
+        if self.epochs <= 0:
+            return Outcome()
+        schedule = Schedule(**{field.name: getattr(self, field.name) for field in fields(Schedule)})
+        history = train(program, context, schedule)
+        trained = sum(p.requires_grad for p in program.graph_module.parameters())
+        return Outcome(trained, details={"epochs": [asdict(epoch) for epoch in history]})

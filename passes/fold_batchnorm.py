@@ -1,0 +1,152 @@
+"""Fold batch norms into the convolution or linear layer before them.
+
+Before:
+    conv2d: 1x4x6x6 = conv2d(x, weight)
+    batch_norm: 1x4x6x6 = batch_norm(conv2d, gamma, beta, mean, var)
+
+After:
+    conv2d: 1x4x6x6 = conv2d(x, weight', bias')
+
+    weight' = weight * gamma / sqrt(var + eps)   per output channel
+    bias'   = beta + (bias - mean) * gamma / sqrt(var + eps)
+
+Dense, grouped, depthwise and transposed convolutions of any dimension, and linear layers; in
+float64. Declines where the layer's output or its weights have other readers, where a weight is
+computed rather than stored, where the norm has no running statistics or is in training mode, and
+where its channels are not the layer's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.context import Context
+from fxprune.facts import MASKS, REMOVED
+from fxprune.pipeline import Facts, Outcome, Pass, Skip
+from fxprune.program import Program, shape_of
+from fxprune.surgery import drop_unused, read_tensor, replace_node, set_tensor, unused_name
+
+aten = torch.ops.aten
+# By layer, the dimension of its weight that counts output channels.
+OUT_DIM = {
+    aten.conv1d: 0,
+    aten.conv2d: 0,
+    aten.conv3d: 0,
+    aten.conv_transpose1d: 1,
+    aten.conv_transpose2d: 1,
+    aten.conv_transpose3d: 1,
+    aten.linear: 0,
+}
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold every batch norm that directly follows a convolution or linear layer."""
+
+    name: ClassVar[str] = "fold-batchnorm"
+    keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS})
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        """Fold; changes counts batch norms."""
+        skips, folded = [], 0
+        for node in list(program.graph.nodes):
+            if node.target is not aten.batch_norm.default:
+                continue
+            if reason := _obstacle(program, node):
+                skips.append(Skip(node.name, reason))
+                continue
+            _fold(program, node)
+            folded += 1
+        if folded:
+            drop_unused(program)
+        return Outcome(folded, tuple(skips))
+
+
+def _obstacle(program: Program, norm: fx.Node) -> str | None:
+    layer: Any = norm.args[0]
+    if _packet(layer) not in OUT_DIM:
+        return "its input is not a convolution or linear layer"
+    if len(layer.users) > 1:
+        return f"the output of {layer.name} has other readers"
+    if not all(isinstance(item, fx.Node) for item in norm.args[3:5]):
+        return "it has no running statistics; it normalises by the batch even in evaluation"
+    if norm.args[5]:
+        return "it is in training mode; call Program.eval() first"
+    stored = [item for item in (layer.args[1], _bias(layer)) if isinstance(item, fx.Node)]
+    rest = [item for item in norm.args[1:5] if isinstance(item, fx.Node)]
+    for part in [*stored, *rest]:
+        if part.op != "get_attr":
+            return f"{part.name} is computed, not stored; fold needs constant weights"
+    if len(shape_of(layer)) != len(shape_of(stored[0])):  # tokens x features, or no batch
+        return f"the channels of {layer.name} are not along the dimension that it normalises"
+    if _readers(program, stored) > len(stored):
+        return f"the weight or bias of {layer.name} is shared with another layer"
+    return None
+
+
+def _readers(program: Program, parts: list[fx.Node]) -> int:
+    """How many calls read the tensors that these nodes read, under any name."""
+    tensors = {id(program.tensor(str(part.target))) for part in parts}
+    return sum(
+        len(node.users)
+        for node in program.tensor_nodes()
+        if id(program.tensor(str(node.target))) in tensors
+    )
+
+
+def _packet(layer: fx.Node) -> Any:
+    return getattr(layer.target, "overloadpacket", None)
+
+
+def _bias(layer: fx.Node) -> Any:
+    return layer.args[2] if len(layer.args) > 2 else layer.kwargs.get("bias")
+
+
+def _fold(program: Program, norm: fx.Node) -> None:
+    layer: Any = norm.args[0]
+    weight_name, bias_node = str(layer.args[1].target), _bias(layer)
+    weight = program.tensor(weight_name)
+    gamma, beta, mean, variance = (_value(program, item) for item in norm.args[1:5])
+    bias = _value(program, bias_node)
+    eps: Any = norm.args[7]
+    scale = (variance + eps).rsqrt() * (1.0 if gamma is None else gamma)
+    shift = (0.0 if beta is None else beta) + ((0.0 if bias is None else bias) - mean) * scale
+    folded = weight.detach().double() * _along_outputs(layer, scale, weight)
+    set_tensor(program, weight_name, folded.to(weight.dtype))
+    if bias is not None:
+        set_tensor(program, str(bias_node.target), shift.to(weight.dtype))
+    else:
+        name = unused_name(program, f"{weight_name.removesuffix('weight')}bias")
+        value = shift.to(weight.dtype).requires_grad_(weight.requires_grad)
+        set_tensor(program, name, value)
+        _set_bias(layer, read_tensor(program, name, before=layer))
+    replace_node(program, norm, layer)
+
+
+def _along_outputs(layer: fx.Node, scale: Tensor, weight: Tensor) -> Tensor:
+    """Shape a scale per output channel so that it multiplies the weight."""
+    rest = [1] * (weight.dim() - 2)
+    if OUT_DIM[_packet(layer)] == 0:
+        return scale.view(-1, 1, *rest)
+    # Transposed: each block of input rows makes its own share of the output channels.
+    groups: Any = layer.args[6] if len(layer.args) > 6 else layer.kwargs.get("groups", 1)
+    shares = scale.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+    return shares.view(*shares.shape, *rest)
+
+
+def _value(program: Program, item: object) -> Any:
+    if not isinstance(item, fx.Node):
+        return None
+    return program.tensor(str(item.target)).detach().double()
+
+
+def _set_bias(layer: fx.Node, bias: fx.Node) -> None:
+    if len(layer.args) > 2:
+        layer.update_arg(2, bias)
+    else:
+        layer.args = (*layer.args[:2], bias)
+        layer.kwargs = {name: value for name, value in layer.kwargs.items() if name != "bias"}
