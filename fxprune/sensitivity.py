@@ -11,8 +11,9 @@ from fxprune.errors import FxpruneError, InputError
 from fxprune.facts import Sensitivity
 from fxprune.groups import Group
 from fxprune.program import Program
-from fxprune.sensitivity_gates import GatedProgram, GateProbes
+from fxprune.sensitivity_gates import GatedProgram
 from fxprune.sensitivity_model import single_tensor
+from fxprune.sensitivity_slopes import GateProbes
 from fxprune.sensitivity_static import activation, magnitude, norm_scale, without
 from fxprune.sensitivity_tally import Tally, misplaced
 from fxprune.sensitivity_task import Criterion, Details, Measured, Settings, Task
@@ -67,7 +68,7 @@ def _measure(task: Task) -> Measured:
     match task.settings.criterion:
         case "hessian-trace" | "gauss-newton-trace":
             return trace_scores(task)
-        case "taylor" | "fisher" | "gauss-newton":
+        case "taylor" | "fisher" | "gauss-newton" | "output-shift":
             return _gated(task)
         case "magnitude-l1":
             return Measured(magnitude(task.program, task.layout, 1))
@@ -85,14 +86,14 @@ def _measure(task: Task) -> Measured:
 
 def _gated(task: Task) -> Measured:
     settings, objective = task.settings, task.objective()
-    assert settings.criterion in ("taylor", "fisher", "gauss-newton")
+    assert settings.criterion in ("taylor", "fisher", "gauss-newton", "output-shift")
     if settings.criterion == "gauss-newton" and (
         objective.kind == "other"
         or single_tensor(task.program(*task.program.example_inputs)) is None
     ):
         raise InputError(
             "criterion=gauss-newton takes cross-entropy or a squared error on one output; use "
-            "gauss-newton-trace, fisher or taylor for another loss"
+            "output-shift, gauss-newton-trace, fisher or taylor for another loss"
         )
     gates = GateProbes(
         GatedProgram.of(task.program, task.layout.groups),

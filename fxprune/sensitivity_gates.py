@@ -9,22 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxprune.data import Batch
 from fxprune.flow import Flow, Read
 from fxprune.groups import Analysis, Group, analyse
 from fxprune.labels import Labels
 from fxprune.merging import Ints
 from fxprune.program import Program, shape_of
-from fxprune.sensitivity_model import Objective, Precision, differentiable, single_tensor
-
-GateCriterion = Literal["taylor", "fisher", "gauss-newton"]
 
 
 @dataclass(frozen=True)
@@ -170,70 +166,3 @@ def _apply(args: Any, path: tuple[Any, ...], gate: Gate, padded: Tensor) -> Any:
     else:  # samples cannot be told apart here: each takes an equal share
         factors = factors.mean(0)
     return args * factors.view(view)
-
-
-@dataclass(frozen=True, eq=False)
-class GateProbes:
-    """Scores each sample's removal of each unit to first or second order.
-
-    Attributes:
-        gated: the program with gates.
-        objective: the loss and its labels.
-        criterion: ``taylor`` |g|, ``fisher`` g^2 / 2, or ``gauss-newton`` j' A j / 2, where g is
-            the derivative of a sample's loss in the gate and j that of its outputs.
-        precision: of the model.
-        probes: random vectors on the outputs for ``gauss-newton``; as many as there are
-            outputs give the exact form.
-
-    """
-
-    gated: GatedProgram
-    objective: Objective
-    criterion: GateCriterion
-    precision: Precision = "fp32"
-    probes: int = 16
-
-    def scores(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Return (samples, units) scores of a batch, in float64."""
-        leaf = next(iter(pytree.tree_leaves(batch.inputs)))
-        values = torch.ones(len(batch), self.gated.units, device=leaf.device, requires_grad=True)
-        with differentiable(self.precision, leaf.device.type):
-            outputs = self.gated.run(batch.inputs, values)
-        target = self.objective.target(outputs, batch.target, generator)
-        if self.criterion == "gauss-newton":
-            return self._curvature(outputs, values, target, generator)
-        with torch.enable_grad():
-            loss = self.objective(outputs, target)
-            (slope,) = torch.autograd.grad(loss, values, materialize_grads=True)
-        slope = slope.detach().double().cpu() * len(batch)  # of each sample's own loss
-        return slope.abs() if self.criterion == "taylor" else slope.square() / 2
-
-    def _curvature(
-        self, outputs: Any, values: Tensor, target: Any, generator: torch.Generator
-    ) -> Tensor:
-        logits = single_tensor(outputs)
-        assert logits is not None, "chosen only where there is one output"
-        total = torch.zeros(values.shape, dtype=torch.float64)
-        vectors = self._vectors(logits, generator)
-        for number, vector in enumerate(vectors, start=1):
-            root = self.objective.root(logits, target, vector)
-            (slope,) = torch.autograd.grad(
-                logits, values, root.to(logits.dtype), retain_graph=number < len(vectors),
-                materialize_grads=True,
-            )  # fmt: skip
-            total += slope.detach().double().cpu().square()
-        share = 1.0 if self._complete(logits) else 1 / len(vectors)
-        return total * share * len(values) / 2
-
-    def _complete(self, logits: Tensor) -> bool:
-        return logits.dim() == 2 and logits.shape[1] <= self.probes
-
-    def _vectors(self, logits: Tensor, generator: torch.Generator) -> list[Tensor]:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        if self._complete(logits):
-            eye = torch.eye(logits.shape[1], device=logits.device, dtype=wide)
-            return [row.expand(logits.shape) for row in eye]
-        return [
-            (torch.randint(2, logits.shape, generator=generator) * 2 - 1).to(logits.device, wide)
-            for _ in range(self.probes)
-        ]

@@ -150,8 +150,10 @@ class TraceProbes:
         leaves, outputs = self._leaves(), single_tensor(made)
         assert outputs is not None, "output probes are chosen only where there is one output"
 
+        wide = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+
         def sample(signs: Signs) -> Tensor:
-            root = self.objective.root(outputs, target, signs(outputs.float()))
+            root = self.objective.root(outputs, target, signs(wide))
             gradients = torch.autograd.grad(
                 outputs, leaves, (root * self.scale).to(outputs.dtype),
                 retain_graph=True, materialize_grads=True,

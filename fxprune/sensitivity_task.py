@@ -18,7 +18,7 @@ from fxprune.sensitivity_tally import StoppingRule
 from fxprune.sensitivity_units import UnitLayout
 
 Criterion = Literal[
-    "hessian-trace", "gauss-newton-trace", "gauss-newton", "fisher", "taylor",
+    "hessian-trace", "gauss-newton-trace", "gauss-newton", "output-shift", "fisher", "taylor",
     "magnitude-l1", "magnitude-l2", "bn-scale", "activation", "random",
 ]  # fmt: skip
 Estimator = Literal["auto", "weights", "outputs"]
@@ -39,8 +39,8 @@ class Settings:
         estimator: what trace probes perturb; ``auto`` takes the outputs where that is exact.
         negative: what becomes of negative traces: their size counts, or they become zero.
         rule: when to stop probing.
-        output_probes: random vectors per batch for ``gauss-newton``; exact if there are no more
-            outputs than this.
+        output_probes: random vectors per batch for ``gauss-newton`` and ``output-shift``; exact if
+            there are no more outputs than this.
 
     """
 

@@ -37,8 +37,8 @@ class AnnotateSensitivity(Pass):
     """Score every removable unit.
 
     Attributes:
-        criterion: hessian-trace, gauss-newton-trace, gauss-newton, fisher, taylor, magnitude-l1,
-            magnitude-l2, bn-scale, activation or random.
+        criterion: hessian-trace, gauss-newton-trace, gauss-newton, output-shift, fisher, taylor,
+            magnitude-l1, magnitude-l2, bn-scale, activation or random.
         probes: how many probes a trace may take at most.
         min_probes: how many it takes before it first asks whether the ranking has settled.
         cut: the share of units, least sensitive first, whose membership has to settle.
@@ -49,7 +49,7 @@ class AnnotateSensitivity(Pass):
         labels: data, predicted or sampled.
         estimator: weights, outputs or auto; what trace probes perturb.
         negative: abs or clamp; what becomes of negative traces.
-        output_probes: random vectors per batch for gauss-newton.
+        output_probes: random vectors per batch for gauss-newton and output-shift.
 
     """
 
