@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,13 @@ def set_tensor(program: Program, name: str, value: Tensor) -> None:
         for key, tensor in list(vars(submodule).items()):
             if tensor is old:
                 setattr(submodule, key, value)
+
+
+def unused_name(program: Program, wanted: str) -> str:
+    """Return a name for a new tensor: the wanted one, or with a number if something has it."""
+    state = program.graph_module.state_dict()
+    names = itertools.chain([wanted], (f"{wanted}_{number}" for number in itertools.count(1)))
+    return next(name for name in names if name not in state)
 
 
 def _ensure_submodule(module: nn.Module, path: str) -> nn.Module:

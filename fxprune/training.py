@@ -7,22 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxprune.context import Context
-from fxprune.data import batches
+from fxprune.data import Batch, batches
 from fxprune.datasets import Samples
+from fxprune.distillation import objective
 from fxprune.errors import FxpruneError, InputError
-from fxprune.evaluate import class_axis, fixed_batch, logits_of
+from fxprune.evaluate import fixed_batch
 from fxprune.facts import MASKS
 from fxprune.program import Program
-from fxprune.sensitivity_model import kind_of
-
-LossOf = Callable[[Any, tuple[Any, ...], Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,49 +85,59 @@ def train(
 
     """
     samples, size, steps = _supply(program, context, schedule)
-    parameters = [p for p in program.graph_module.parameters() if p.requires_grad]
-    if not parameters:
-        raise InputError("no parameter requires a gradient, so there is nothing to train")
-    history: list[Epoch] = []
     with placed(program, context.device), _seeded(context), _training(program):
-        optimizer = _optimizer(parameters, schedule)
-        rates = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, _cosine(steps * schedule.epochs, schedule.warmup)
-        )
-        loss_of, project = _loss(context, schedule), _projection(program)
-
-        def step(inputs: tuple[Any, ...], target: Any) -> Tensor:
-            loss = loss_of(program(*inputs), inputs, target)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if schedule.clip:
-                nn.utils.clip_grad_norm_(parameters, schedule.clip)
-            optimizer.step()
-            rates.step()
-            project()
-            return loss.detach()
-
-        for epoch in range(schedule.epochs):
+        step = _Step(program, context, schedule, steps * schedule.epochs)
+        history: list[Epoch] = []
+        for number in range(schedule.epochs):
             if on_epoch is not None:
-                on_epoch(epoch)
-            start, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
+                on_epoch(number)
+            start, lr = time.perf_counter(), step.lr
             stream = batches(
-                samples, size, seed=context.seed + epoch, limit=steps * size, device=context.device
+                samples, size, seed=context.seed + number, limit=steps * size, device=context.device
             )
-            title = f"epoch {epoch + 1}/{schedule.epochs}, " + (
-                f"loss {history[-1].loss:.4f}" if history else f"rate {schedule.lr:g}"
-            )
-            losses = [
-                step(b.inputs, b.target) for b in context.progress.track(stream, title, steps)
-            ]
+            done = f"loss {history[-1].loss:.4f}" if history else f"lr {schedule.lr:g}"
+            title = f"epoch {number + 1}/{schedule.epochs}, {done}"
+            losses = [step(batch) for batch in context.progress.track(stream, title, steps)]
             mean = float(torch.stack(losses).double().mean())
             if not math.isfinite(mean):
                 raise FxpruneError(
-                    f"training diverged: the mean loss of epoch {epoch + 1} is {mean}; "
+                    f"training diverged: the mean loss of epoch {number + 1} is {mean}; "
                     f"lower lr, which is {schedule.lr:g}"
                 )
             history.append(Epoch(mean, lr, time.perf_counter() - start))
     return tuple(history)
+
+
+class _Step:
+    """One step of the optimiser, for a batch; keeps the state that lasts from step to step."""
+
+    def __init__(self, program: Program, context: Context, schedule: Schedule, steps: int) -> None:
+        self._program, self._clip = program, schedule.clip
+        self._parameters = [p for p in program.graph_module.parameters() if p.requires_grad]
+        if not self._parameters:
+            raise InputError("no parameter requires a gradient, so there is nothing to train")
+        self._optimizer = _optimizer(self._parameters, schedule)
+        self._rates = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, _cosine(steps, schedule.warmup)
+        )
+        self._loss = objective(context, schedule.distill, schedule.temperature)
+        self._project = _projection(program)
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next step."""
+        return float(self._rates.get_last_lr()[0])
+
+    def __call__(self, batch: Batch) -> Tensor:
+        loss = self._loss(self._program(*batch.inputs), batch.inputs, batch.target)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self._clip:
+            nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        self._optimizer.step()
+        self._rates.step()
+        self._project()
+        return loss.detach()
 
 
 def _supply(program: Program, context: Context, schedule: Schedule) -> tuple[Samples, int, int]:
@@ -199,61 +206,6 @@ def _cosine(steps: int, warmup: float) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
     return rate
-
-
-def _loss(context: Context, schedule: Schedule) -> LossOf:
-    """The loss on labels and the distance to the dense model, weighted."""
-    kind = kind_of(context.loss)
-    if schedule.distill and context.dense is None:
-        raise InputError("distillation needs the dense model; set Context.dense, or distill=0")
-    dense = context.dense.copy().eval().to(context.device) if context.dense else None
-
-    def of_labels(outputs: Any, target: Any) -> Tensor:
-        if kind == "other":
-            return context.loss(outputs, target)
-        logits = logits_of(outputs)
-        if kind == "cross-entropy" and class_axis(logits, target) == -1 and logits.dim() > 2:
-            logits = logits.movedim(-1, 1)  # token logits; cross_entropy wants classes second
-        return context.loss(logits, target)
-
-    def loss(outputs: Any, inputs: tuple[Any, ...], target: Any) -> Tensor:
-        weight = schedule.distill if target is not None else 1.0
-        if dense is None and weight:
-            raise InputError("without labels the dense model has to teach; set Context.dense")
-        parts = [] if weight == 1 else [(1 - weight) * of_labels(outputs, target)]
-        if dense is not None and weight:
-            with torch.no_grad():
-                wanted = dense(*inputs)
-            if kind == "cross-entropy":
-                apart = divergence(logits_of(outputs), logits_of(wanted), schedule.temperature)
-            else:
-                apart = relative_distance(outputs, wanted)
-            parts.append(weight * apart)
-        return torch.stack(parts).sum()
-
-    return loss
-
-
-def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of softened predictions, times the squared temperature.
-
-    Averaged over samples (and pixels or tokens); see arXiv 1503.02531, section 2.1.
-    """
-    axis = class_axis(wanted)
-    actual = torch.log_softmax(logits / temperature, axis)
-    expected = torch.log_softmax(wanted / temperature, axis)
-    return (expected.exp() * (expected - actual)).sum(axis).mean() * temperature**2
-
-
-def relative_distance(outputs: Any, wanted: Any) -> Tensor:
-    """Squared error relative to the wanted output's power, averaged over floating-point outputs."""
-    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(wanted), strict=True)
-    errors = [
-        (a - b).square().mean() / b.square().mean().clamp_min(1e-12)
-        for a, b in pairs
-        if isinstance(b, Tensor) and b.is_floating_point()
-    ]
-    return torch.stack(errors).mean()
 
 
 def _projection(program: Program) -> Callable[[], None]:
