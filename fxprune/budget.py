@@ -1,102 +1,188 @@
-"""Budgets: what a compressed program may cost, as text and as numbers."""
+"""Budgets: how small or fast the result must be, as text such as ``macs=50%`` and as limits."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from fxprune.cost import Cost
 from fxprune.errors import InputError
+from fxprune.option_text import Scanner
 
-Budgeted = Literal["macs", "params", "size"]
-QUANTITIES: tuple[Budgeted, ...] = get_args(Budgeted)
-UNITS: Mapping[str, int] = {
-    "b": 1, "kb": 1000, "mb": 1000**2, "gb": 1000**3,
-    "kib": 1024, "mib": 1024**2, "gib": 1024**3,
-}  # fmt: skip
-TOLERANCE = 0.01
+Quantity = Literal["params", "macs", "weight_bytes", "latency_ms"]
+Name = Literal["params", "macs", "size", "latency"]
+
+QUANTITIES: Mapping[Name, Quantity] = {
+    "params": "params",
+    "macs": "macs",
+    "size": "weight_bytes",
+    "latency": "latency_ms",
+}
+_COUNTS = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+_SUFFIXES: Mapping[Name, Mapping[str, float]] = {
+    "params": _COUNTS,
+    "macs": _COUNTS,
+    "size": {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30},
+    "latency": {"S": 1e3, "MS": 1.0, "US": 1e-3},
+}
+_EXAMPLES: Mapping[Name, str] = {
+    "params": "50%, 2x or 1.5M",
+    "macs": "50%, 2x or 300M",
+    "size": "50%, 2x, 1MB or 900KiB",
+    "latency": "50%, 2x, 1.5ms or 800us",
+}
+_SCALES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+_AMOUNT = re.compile(r"(?P<number>(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)\s*(?P<suffix>[%a-zA-Z]*)", re.I)
 
 
 @dataclass(frozen=True)
 class Target:
-    """An upper limit on one quantity, relative to the dense program or absolute.
+    """An upper limit on one quantity.
 
     Attributes:
-        quantity: macs, params, or size (bytes of all weights).
-        fraction: what may remain, between 0 and 1; None for an absolute limit.
-        limit: the absolute limit; None for a relative one.
-
-    >>> Target.parse("macs=50%").fraction, Target.parse("macs=2.0x").fraction
-    (0.5, 0.5)
-    >>> Target.parse("size=1MB").limit
-    1000000.0
+        name: what is limited, as users write it.
+        amount: the limit; a fraction of the dense model's where ``relative``, else a count, bytes
+            or milliseconds.
+        relative: whether ``amount`` is a fraction.
 
     """
 
-    quantity: Budgeted
-    fraction: float | None = None
-    limit: float | None = None
+    name: Name
+    amount: float
+    relative: bool
+
+    @property
+    def quantity(self) -> Quantity:
+        """The quantity as costs name it."""
+        return QUANTITIES[self.name]
+
+    def limit(self, dense: float) -> float:
+        """Return the largest value allowed, given the dense model's."""
+        return self.amount * dense if self.relative else self.amount
+
+    def __str__(self) -> str:
+        if self.relative:
+            return f"{self.name}={_plain(self.amount * 100)}%"
+        unit = {"size": "B", "latency": "ms"}.get(self.name, "")
+        return f"{self.name}={_plain(self.amount)}{unit}"
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """Read ``macs=50%`` (half is left), ``macs=2.0x`` (half is left), ``size=1MB``.
+        """Read one target.
+
+        >>> Target.parse("macs=2.0x")
+        Target(name='macs', amount=0.5, relative=True)
+        >>> print(Target.parse("size=1.5MiB"))
+        size=1572864B
 
         Raises:
-            InputError: the text is not of that form.
+            InputError: the text is not a target; the message shows where.
 
         """
+        scanner = Scanner(text, "the target")
+        start = len(text) - len(text.lstrip())
         name, sign, amount = text.partition("=")
-        name, amount = name.strip().lower(), amount.strip().lower()
-        number = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*([a-z%]*)", amount)
-        if not sign or name not in QUANTITIES or number is None:
-            raise InputError(
-                f"'{text}' is not a target; write macs=50%, params=2.0x or size=1MB, with one of "
-                f"{', '.join(QUANTITIES)} on the left"
-            )
-        value, unit = float(number[1]), number[2]
-        if unit == "%":
-            return cls._relative(name, value / 100, text)
-        if unit == "x":
-            return cls._relative(name, 1 / value if value else math.inf, text)
-        if name == "size" and unit in UNITS:
-            return cls(name, limit=value * UNITS[unit])
-        if name != "size" and not unit:
-            return cls._relative(name, value, text) if value <= 1 else cls(name, limit=value)
-        raise InputError(
-            f"'{text}' has an unknown unit '{unit}'; use % or x, or for size one of "
-            f"{', '.join(UNITS)}"
-        )
+        if name.strip() not in QUANTITIES:
+            names = ", ".join(QUANTITIES)
+            raise scanner.fail(f"'{name.strip()}' is none of {names}", start)
+        if not sign:
+            raise scanner.fail(f"expected '=' and an amount after '{name.strip()}'", len(text))
+        place = len(name) + 1 + len(amount) - len(amount.lstrip())
+        known: Name = next(known for known in get_args(Name) if known == name.strip())
+        try:
+            return cls.of(known, amount)
+        except InputError as error:
+            raise scanner.fail(str(error), place) from error
 
     @classmethod
-    def _relative(cls, name: Budgeted, fraction: float, text: str) -> Target:
-        if not 0 < fraction <= 1:
-            raise InputError(
-                f"'{text}' asks to leave {fraction:.0%} of the {name}; ask for more than 0 % and "
-                "at most 100 % (2x means a half)"
-            )
-        return cls(name, fraction)
+    def of(cls, name: Name, amount: float | str) -> Target:
+        """Make a target from an amount: text, or a number, which up to one is a fraction.
+
+        Numbers of ``size`` and ``latency`` above one need a unit, so must be text.
+
+        Raises:
+            InputError: the amount is not one.
+
+        """
+        text = str(amount).strip().replace("_", "")
+        match = _AMOUNT.fullmatch(text)
+        if match is None:
+            raise InputError(f"'{text}' is no amount of {name}; write {_EXAMPLES[name]}")
+        number, suffix = float(match["number"]), match["suffix"].upper()
+        if number <= 0:
+            raise InputError(f"{name} must be left above zero, not '{text}'")
+        if suffix == "%":
+            return cls._fraction(name, number / 100, text)
+        if suffix == "X":
+            return cls._fraction(name, 1 / number, text)
+        if not suffix and number <= 1:
+            return cls(name, number, relative=True)
+        if not suffix and name in ("params", "macs"):
+            return cls(name, number, relative=False)
+        if suffix not in _SUFFIXES[name]:
+            what = f"'{match['suffix']}' is no unit" if suffix else f"'{text}' needs a unit"
+            raise InputError(f"{what} of {name}; write {_EXAMPLES[name]}")
+        return cls(name, round(number * _SUFFIXES[name][suffix], 9), relative=False)
+
+    @classmethod
+    def _fraction(cls, name: Name, fraction: float, text: str) -> Target:
+        if fraction > 1:
+            raise InputError(f"'{text}' asks for more {name} than the dense model has")
+        return cls(name, fraction, relative=True)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Targets that must all be met; at most one per quantity.
+
+    Raises:
+        InputError: a quantity is limited twice.
+
+    """
+
+    targets: tuple[Target, ...]
+
+    def __post_init__(self) -> None:
+        names = [target.name for target in self.targets]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise InputError(f"the budget limits {twice} twice; keep one of the two")
 
     def __str__(self) -> str:
-        amount = f"{self.limit:.0f}" if self.fraction is None else f"{100 * self.fraction:g}%"
-        return f"{self.quantity}={amount}{'B' if self.quantity == 'size' else ''}".replace(
-            "%B", "%"
-        )
+        return ",".join(map(str, self.targets))
 
-    def absolute(self, dense: Cost) -> float:
-        """Return the limit in elements, multiply-accumulates or bytes."""
-        if self.limit is not None:
-            return self.limit
-        assert self.fraction is not None
-        return self.fraction * measured(dense, self.quantity)
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read targets, separated by commas.
 
-    def met(self, dense: Cost, after: Cost) -> bool:
-        """Whether a cost is at most the limit, to one per cent."""
-        return measured(after, self.quantity) <= (1 + TOLERANCE) * self.absolute(dense)
+        >>> print(Budget.parse("macs=50%, latency=1.5ms"))
+        macs=50%,latency=1.5ms
+
+        Raises:
+            InputError: the text is not a budget; the message shows where.
+
+        """
+        parts = text.split(",")
+        if not text.strip():
+            raise InputError("the budget is empty; write for example macs=50%")
+        return cls(tuple(Target.parse(part) for part in parts))
 
 
-def measured(cost: Cost, quantity: Budgeted) -> float:
-    """Return the part of a cost that a target speaks of."""
-    return {"macs": cost.macs, "params": cost.params, "size": cost.weight_bytes}[quantity]
+def _plain(number: float) -> str:
+    """Write a number without an exponent and without zeros that mean nothing."""
+    return f"{number:.9f}".rstrip("0").rstrip(".")
+
+
+def readable(quantity: Quantity, value: float) -> str:
+    """Write a cost for people.
+
+    >>> readable("macs", 62742848.0)
+    '62.7M macs'
+    """
+    if quantity == "latency_ms":
+        return f"{value:.3g} ms"
+    scale, letter = next(
+        ((scale, letter) for scale, letter in _SCALES if value >= scale), (1.0, "")
+    )
+    unit = {"weight_bytes": f" {letter}B of weights"}.get(quantity, f"{letter} {quantity}")
+    return f"{value / scale:.3g}{unit}"
