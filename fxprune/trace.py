@@ -133,10 +133,15 @@ def _placeholders(exported: ExportedProgram) -> list[Tensor]:
 
 def _dynamic_dimensions(exported: ExportedProgram) -> tuple[frozenset[int], ...]:
     found = tuple(
-        frozenset(d for d, size in enumerate(value.shape) if not isinstance(size, int))
+        frozenset(d for d, size in enumerate(value.shape) if not _is_fixed(size))
         for value in _placeholders(exported)
     )
     return found if any(found) else ()
+
+
+def _is_fixed(size: int | torch.SymInt) -> bool:
+    # A symbol that a later literal pinned (view(4, ...)) stays a SymInt, with a known value.
+    return isinstance(size, int) or size.node.maybe_as_int() is not None
 
 
 def _same_batch(exported: ExportedProgram, inputs: tuple[Any, ...]) -> bool:

@@ -38,7 +38,7 @@ class RecalibrateNorms(Pass):
 
     Attributes:
         samples: how many calibration samples at most, drawn at random.
-        batch_size: samples per batch; batches are made equal, the last one at most smaller.
+        batch_size: the most samples per batch; batches are about equal.
 
     """
 
@@ -59,21 +59,24 @@ class RecalibrateNorms(Pass):
         if not norms:
             return Outcome(0, skips)
         samples = context.samples.calibration
-        total = min(self.samples, len(samples))
-        steps = -(-total // self.batch_size)
-        size = fixed_batch(program) or -(-total // steps)
-        stream = batches(
-            samples, size, seed=context.seed, limit=max(total - total % size, size),
-            device=context.device,
-        )  # fmt: skip
+        size, total = self._sizes(fixed_batch(program), len(samples))
+        stream = batches(samples, size, seed=context.seed, limit=total, device=context.device)
         program.eval()
         with placed(program, context.device), torch.no_grad():
-            recorder, seen = _Recorder(program), 0
-            for batch in context.progress.track(stream, "recalibrating norms", total // size):
+            recorder = _Recorder(program)
+            for batch in context.progress.track(stream, "recalibrating norms", -(-total // size)):
                 recorder.run(*batch.inputs)
-                seen += len(batch)
             recorder.store()
-        return Outcome(len(norms), skips, {"samples": seen})
+        return Outcome(len(norms), skips, {"samples": total})
+
+    def _sizes(self, fixed: int | None, available: int) -> tuple[int, int]:
+        """The samples of a batch and in all."""
+        total = min(self.samples, available)
+        if fixed:
+            return fixed, max(total - total % fixed, fixed)
+        size = -(-total // -(-total // self.batch_size))
+        # A last batch of one has no variance.
+        return size, total - 1 if total % size == 1 and total > 1 else total
 
 
 def _has_statistics(node: fx.Node) -> bool:
