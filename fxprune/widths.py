@@ -1,79 +1,134 @@
-"""Which widths a group may be cut to, so that what is left runs fast.
+"""Widths: how many units a group may lose so that what remains is a width that runs fast.
 
-ONNX Runtime's convolutions come in blocks of channels: 61 channels are slower than 64, and a
-depthwise convolution whose channels are no multiple of four is five times slower.
+Latency is a staircase in the number of channels, so a layer with a few channels more than a
+multiple of sixteen is slower than one with a few less, and odd widths are the slowest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import fx
 
+from fxprune.cost import MACS
+from fxprune.errors import InputError
 from fxprune.groups import Group
 from fxprune.merging import Ints
-from fxprune.program import Program, shape_of
+from fxprune.program import Program
 
-FLOOR = 4  # channels that always stay, where a unit is one channel
+DEPTHWISE_FLOOR = 4  # below, a depthwise convolution is five to six times slower
 
 
 @dataclass(frozen=True)
-class Width:
-    """A group's width: units, channels per unit, and the multiple that its channels should be.
+class Rounding:
+    """What widths are multiples of, as long as enough remains.
+
+    A width is a multiple of the whole where at least twice as much remains, of half where at
+    least as much remains, of a quarter below.
+
+    Attributes:
+        dense: for ordinary layers.
+        depthwise: for groups with a depthwise convolution; a multiple of four, as all its widths.
+
+    """
+
+    dense: int = 16
+    depthwise: int = 8
+
+    def __post_init__(self) -> None:
+        if self.dense < 1:
+            raise InputError(f"widths are rounded to a multiple of at least 1, not {self.dense}")
+        if self.depthwise < 1 or self.depthwise % DEPTHWISE_FLOOR:
+            raise InputError(
+                f"depthwise widths are rounded to a multiple of {DEPTHWISE_FLOOR}, which "
+                f"{self.depthwise} is not; other widths are several times slower"
+            )
+
+    def finer(self) -> Rounding | None:
+        """Return the next rounding to try where this one does not land, if there is one."""
+        if self.dense == 1:
+            return None
+        quarters = self.depthwise // DEPTHWISE_FLOOR
+        return Rounding(self.dense // 2, DEPTHWISE_FLOOR * max(1, quarters // 2))
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The widths that the units of a group make up.
 
     Attributes:
         units: how many there are.
-        channels: how many channels of the widest slot a unit stands for.
-        depthwise: whether a depthwise convolution runs over these channels.
-        least: units that must stay.
+        channels: how many channels each stands for, one number per kind of weight dimension.
+        depthwise: whether a depthwise convolution is among the layers.
 
     """
 
     units: int
-    channels: int
-    depthwise: bool
-    least: int
+    channels: tuple[int, ...] = (1,)
+    depthwise: bool = False
 
-    def removals(self, round_to: int, depthwise_round_to: int) -> Ints:
-        """Return the numbers of units that may be removed, rising from 0."""
-        kept = np.arange(self.least, self.units)
-        channels = kept * self.channels
-        base = depthwise_round_to if self.depthwise else round_to
-        multiple = np.where(channels >= 2 * base, base, np.maximum(base // 2, 1))
-        multiple = np.where(channels < base, np.maximum(base // 4, 1), multiple)
-        if self.depthwise and base >= FLOOR:
-            multiple = np.maximum(multiple, FLOOR)
-        allowed = kept[channels % multiple == 0]
-        return np.concatenate([[0], self.units - allowed[::-1]]).astype(np.int64)
+    def losses(self, rounding: Rounding, keep: int = 1) -> Ints:
+        """Return how many units may go, ascending from zero, which is always allowed.
 
+        Args:
+            rounding: what the channels that remain are a multiple of.
+            keep: how many units remain at least.
 
-def widths(
-    program: Program, groups: Sequence[Group], min_units: int, max_ratios: Sequence[float]
-) -> tuple[Width, ...]:
-    """Measure every group: its channels per unit, and what must stay."""
-    depthwise = {str(node.target) for node in _depthwise_weights(program)}
-    found = []
-    for group, ratio in zip(groups, max_ratios, strict=True):
-        units = len(group.units)
-        slots = [slot for slot in group.slots if not slot.tensor.startswith("node:")]
-        channels = group.multiplicity(slots[0])
-        least = max(min_units, int(np.ceil((1 - ratio) * units - 1e-9)), 1)
-        if channels == 1:
-            least = max(least, min(FLOOR, units))
-        is_depthwise = any(slot.tensor in depthwise and slot.dim == 0 for slot in slots)
-        found.append(Width(units, channels, is_depthwise, min(least, units)))
-    return tuple(found)
+        """
+        kept = np.arange(self.units - 1, max(keep, 1) - 1, -1)
+        fits = np.ones(len(kept), dtype=bool)
+        base = rounding.depthwise if self.depthwise else rounding.dense
+        floor = DEPTHWISE_FLOOR if self.depthwise else 1
+        for channels in self.channels:
+            width = kept * channels
+            step = np.where(width >= 2 * base, base, np.where(width >= base, base // 2, base // 4))
+            fits &= width % np.maximum(step // floor * floor, floor) == 0
+        return np.concatenate([[0], self.units - kept[fits]]).astype(np.int64)
 
 
-def _depthwise_weights(program: Program) -> list[fx.Node]:
-    found = []
+def widths(program: Program, groups: Sequence[Group]) -> tuple[Widths, ...]:
+    """Find what each group's units mean in channels of convolutions and matrix products."""
+    dense: dict[tuple[int, int], bool] = {}
+    for name, dim, depthwise in _weight_dims(program):
+        key = (id(program.tensor(name)), dim)
+        dense[key] = dense.get(key, False) or depthwise
+    return tuple(_of_group(program, group, dense) for group in groups)
+
+
+def _of_group(program: Program, group: Group, dense: dict[tuple[int, int], bool]) -> Widths:
+    slots = [slot for slot in group.slots if not slot.tensor.startswith("node:")]
+    keys = {slot: (id(program.tensor(slot.tensor)), slot.dim) for slot in slots}
+    weights = [slot for slot in slots if keys[slot] in dense]
+    counted = weights or [min(group.slots, key=group.multiplicity)]
+    channels = tuple(sorted({group.multiplicity(slot) for slot in counted}))
+    return Widths(len(group.units), channels, any(dense[keys[slot]] for slot in weights))
+
+
+def _weight_dims(program: Program) -> Iterator[tuple[str, int, bool]]:
+    """Yield each dimension of a weight that is a number of channels, and whether depthwise."""
     for node in program.graph.nodes:
-        if not str(node.target).startswith("aten.conv"):
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet not in MACS:
             continue
-        weight = node.args[1]
-        channels = shape_of(node.args[0])[1]
-        if weight.op == "get_attr" and shape_of(weight)[1] == 1 and channels > 1:
-            found.append(weight)
-    return found
+        names = [
+            str(source.target)
+            for source in node.all_input_nodes
+            if source.op == "get_attr" and source.meta["val"].dim() >= 2
+        ]
+        convolution = "conv" in str(node.target)
+        blocks = _blocks(node) if convolution else 1
+        for name in names:
+            shape = program.tensor(name).shape
+            dims = (0, 1) if convolution else (len(shape) - 2, len(shape) - 1)
+            depthwise = convolution and blocks > 1 and shape[1] == 1
+            for dim in dims if blocks == 1 else (0,):
+                yield name, dim, depthwise
+
+
+def _blocks(node: fx.Node) -> int:
+    """Return the number of groups of a convolution."""
+    value = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    assert isinstance(value, int)
+    return value
