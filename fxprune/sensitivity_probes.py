@@ -114,18 +114,19 @@ class TraceProbes:
             return self._gauss_newton_probe(made, target)
 
     def _hessian_probe(self, made: Any, target: Any) -> Probe:
-        leaves = self._leaves()
+        leaves = self.leaves()
         loss = self.objective(made, target) * self.scale
         gradients = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
 
         def sample(signs: Signs) -> Tensor:
             vectors = [signs(leaf) for leaf in leaves]
-            return self._collect(vectors, _product(gradients, leaves, vectors))
+            products = _product(gradients, leaves, vectors)
+            return self.collect([v * h for v, h in zip(vectors, products, strict=True)], self.scale)
 
         return sample
 
     def _gauss_newton_probe(self, made: Any, target: Any) -> Probe:
-        leaves = self._leaves()
+        leaves = self.leaves()
         flat = _floating(made)
         loss = self.objective(made, target) * self.scale
         slopes = torch.autograd.grad(loss, flat, create_graph=True, materialize_grads=True)
@@ -142,12 +143,12 @@ class TraceProbes:
             back = torch.autograd.grad(
                 flat, leaves, bent, retain_graph=True, materialize_grads=True
             )
-            return self._collect(vectors, back)
+            return self.collect([v * b for v, b in zip(vectors, back, strict=True)], self.scale)
 
         return sample
 
     def _output_probe(self, made: Any, target: Any) -> Probe:
-        leaves, outputs = self._leaves(), single_tensor(made)
+        leaves, outputs = self.leaves(), single_tensor(made)
         assert outputs is not None, "output probes are chosen only where there is one output"
 
         wide = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
@@ -158,22 +159,21 @@ class TraceProbes:
                 outputs, leaves, (root * self.scale).to(outputs.dtype),
                 retain_graph=True, materialize_grads=True,
             )  # fmt: skip
-            return self._collect(gradients, gradients, self.scale**2)
+            return self.collect([gradient.square() for gradient in gradients], self.scale**2)
 
         return sample
 
-    def _leaves(self) -> list[Tensor]:
+    def leaves(self) -> list[Tensor]:
+        """Return the leaves, each once, though several names may share one."""
         return list({id(leaf): leaf for leaf in self.weights.leaves.values()}.values())
 
-    def _collect(
-        self, left: Sequence[Tensor], right: Sequence[Tensor], scale: float | None = None
-    ) -> Tensor:
-        products = {
-            id(leaf): (one * two.to(one.dtype)) / (self.scale if scale is None else scale)
-            for leaf, one, two in zip(self._leaves(), left, right, strict=True)
+    def collect(self, products: Sequence[Tensor], scale: float) -> Tensor:
+        """Sum elementwise products over each unit, the loss scale divided out."""
+        by_leaf = {
+            id(leaf): product / scale for leaf, product in zip(self.leaves(), products, strict=True)
         }
         return self.layout.sums(
-            {name: products[id(leaf)] for name, leaf in self.weights.leaves.items()}
+            {name: by_leaf[id(leaf)] for name, leaf in self.weights.leaves.items()}
         )
 
 

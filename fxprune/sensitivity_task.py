@@ -21,7 +21,7 @@ Criterion = Literal[
     "hessian-trace", "gauss-newton-trace", "gauss-newton", "output-shift", "fisher", "taylor",
     "magnitude-l1", "magnitude-l2", "bn-scale", "activation", "random",
 ]  # fmt: skip
-Estimator = Literal["auto", "weights", "outputs"]
+Estimator = Literal["auto", "weights", "outputs", "exact"]
 Negative = Literal["abs", "clamp"]
 Details = dict[str, float | int | str]
 
@@ -36,7 +36,8 @@ class Settings:
         batch_size: of the streamed batches; each batch has probes of its own.
         precision: of the model's arithmetic.
         labels: where the loss gets its labels.
-        estimator: what trace probes perturb; ``auto`` takes the outputs where that is exact.
+        estimator: what trace probes perturb, or ``exact`` for none; ``auto`` takes the best that
+            applies.
         negative: what becomes of negative traces: their size counts, or they become zero.
         rule: when to stop probing.
         output_probes: random vectors per batch for ``gauss-newton`` and ``output-shift``; exact if

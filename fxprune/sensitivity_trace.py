@@ -10,19 +10,50 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import FxpruneError, InputError
+from fxprune.sensitivity_exact import exact_trace, singles
 from fxprune.sensitivity_model import Weights, single_tensor
 from fxprune.sensitivity_probes import TraceProbes, piecewise_linear
 from fxprune.sensitivity_tally import Tally
 from fxprune.sensitivity_task import Details, Measured, Task
 
+FEW = 128  # outputs per sample up to which differentiating each is cheaper than probing
+
 
 def trace_scores(task: Task) -> Measured:
-    """Score by relative traces, ``Tr(H_uu) / (2 |u|) ||w_u||^2``, until the ranking has settled."""
-    settings, layout = task.settings, task.layout
-    probes = _trace_probes(task)
+    """Score by relative traces, ``Tr(H_uu) / (2 |u|) ||w_u||^2``."""
+    layout = task.layout
     squares = {name: task.program.tensor(name).detach().square() for name in layout.labels}
     factor = layout.sums(squares) / layout.counts(task.program) / 2
-    tally = Tally(len(layout))
+    probes, columns = _trace_probes(task)
+    method = task.settings.estimator
+    if method == "auto" and probes.outputs and 0 < columns <= FEW:
+        method = "exact"
+    return (_exact if method == "exact" else _probed)(task, probes, factor)
+
+
+def _exact(task: Task, probes: TraceProbes, factor: Tensor) -> Measured:
+    """Differentiate every output of every sample: no probes, and no error but the data's."""
+    tally = Tally(len(factor))
+    stream = (one for batch in task.batches() for one in singles(batch))
+    total = min(task.settings.samples, len(task.context.samples.calibration))
+    for sample in task.context.progress.track(stream, task.settings.criterion, total):
+        tally.add(exact_trace(probes, sample))
+    if not tally.count:
+        raise FxpruneError(_no_result("samples", tally.dropped, task.settings.precision))
+    details: Details = {
+        "method": "exact",
+        "probes": 0,
+        "samples": tally.count,
+        "dropped_samples": tally.dropped,
+        "negative_traces": 0,
+        "error_of": "samples",
+    }
+    return Measured(tally.mean * factor, tally.error * factor, details)
+
+
+def _probed(task: Task, probes: TraceProbes, factor: Tensor) -> Measured:
+    """Probe, round by round, until the ranking at the cut has settled."""
+    settings, tally = task.settings, Tally(len(factor))
     treat: Callable[[Tensor], Tensor] = (
         torch.abs if settings.negative == "abs" else lambda trace: trace.clamp(min=0)
     )
@@ -36,37 +67,47 @@ def trace_scores(task: Task) -> Measured:
         if settings.rule.settled(scores, errors, tally.count):
             break
     if not tally.count:
-        raise FxpruneError(
-            f"none of {tally.dropped} probes was finite in {settings.precision}; "
-            "use precision=bf16 or fp32"
-        )
+        raise FxpruneError(_no_result("probes", tally.dropped, settings.precision))
     details: Details = {
+        "method": "outputs" if probes.outputs else "weights",
         "probes": tally.count,
         "dropped_probes": tally.dropped,
         "negative_traces": int((tally.mean < 0).sum()),
-        "probed": "outputs" if probes.outputs else "weights",
+        "error_of": "probes",
         "settled": str(settings.rule.settled(scores, errors, tally.count)).lower(),
         "wrong_share_of_cut": settings.rule.wrong_share(scores, errors),
     }
     return Measured(scores, errors, details)
 
 
-def _trace_probes(task: Task) -> TraceProbes:
+def _no_result(what: str, dropped: int, precision: str) -> str:
+    return f"none of {dropped} {what} was finite in {precision}; use precision=bf16 or fp32"
+
+
+def _trace_probes(task: Task) -> tuple[TraceProbes, int]:
+    """Choose what to probe; also return the outputs per sample, or 0 where they are not a row."""
     settings, objective = task.settings, task.objective()
     matrix: Literal["hessian", "gauss-newton"] = (
         "hessian" if settings.criterion == "hessian-trace" else "gauss-newton"
     )
     with torch.no_grad():
-        single = single_tensor(task.program(*task.program.example_inputs)) is not None
-    rooted = objective.kind != "other" and single
+        single = single_tensor(task.program(*task.program.example_inputs))
+    rooted = objective.kind != "other" and single is not None
     able = rooted and (matrix == "gauss-newton" or piecewise_linear(task.program))
-    if settings.estimator == "outputs" and not able:
+    row = single is not None and single.dim() == 2 and bool(task.program.dynamic)
+    columns = single.shape[1] if single is not None and row else 0
+    if settings.estimator == "exact" and not columns:
         raise InputError(
-            f"estimator=outputs cannot give the {settings.criterion}: it takes cross-entropy or a "
-            "squared error on one output, and for the Hessian a network that is piecewise linear "
-            "in each weight; use estimator=weights"
+            "estimator=exact takes a model of any batch size with one row of outputs per sample; "
+            "use estimator=outputs"
         )
-    return TraceProbes(
+    if settings.estimator in ("outputs", "exact") and not able:
+        raise InputError(
+            f"estimator={settings.estimator} cannot give the {settings.criterion}: it takes "
+            "cross-entropy or a squared error on one output, and for the Hessian a network that is "
+            "piecewise linear in each weight; use estimator=weights"
+        )
+    probes = TraceProbes(
         task.program,
         task.layout,
         Weights.of(task.program, list(task.layout.labels)),
@@ -76,6 +117,7 @@ def _trace_probes(task: Task) -> TraceProbes:
         settings.precision,
         2.0**12 if settings.precision == "fp16" else 1.0,
     )
+    return probes, columns
 
 
 def _round(task: Task, probes: TraceProbes, size: int, number: int) -> tuple[Tensor, TraceProbes]:

@@ -47,7 +47,8 @@ class AnnotateSensitivity(Pass):
         samples: calibration samples.
         batch_size: of the batches that they are streamed in.
         labels: data, predicted or sampled.
-        estimator: weights, outputs or auto; what trace probes perturb.
+        estimator: what trace probes perturb, weights or outputs; exact for none; auto for the best
+            that applies.
         negative: abs or clamp; what becomes of negative traces.
         output_probes: random vectors per batch for gauss-newton and output-shift.
 

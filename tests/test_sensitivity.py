@@ -186,6 +186,21 @@ def test_traces_of_a_squared_error_equal_the_full_matrix() -> None:
     torch.testing.assert_close(basis(probes, batch), expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.mse_loss])
+def test_traces_without_probes_equal_the_full_hessian(loss: Any) -> None:
+    program, (x, y) = build(nn.LeakyReLU), samples()
+    target = y if loss is F.cross_entropy else torch.randn(SIZE, 3, dtype=torch.float64)
+    settings = Settings(samples=SIZE, batch_size=2)
+    found, layout, _ = measure(program, find_groups(program), settings, context(x, target, loss))
+    assert found.details["method"] == "exact"
+    names = list(layout.labels)
+    full = full_matrix(program, names, Batch((x,), target), loss, "hessian")
+    squares = {name: program.tensor(name).detach().square() for name in names}
+    factor = layout.sums(squares) / layout.counts(program) / 2
+    expected = unit_traces(layout, names, program, full) * factor
+    torch.testing.assert_close(layout.joined(found.scores), expected, rtol=1e-8, atol=1e-10)
+
+
 def test_traces_of_dense_prediction_skip_ignored_positions() -> None:
     torch.manual_seed(0)
     program = trace(Dense().double(), (torch.randn(2, 2, 4, 4, dtype=torch.float64),))
@@ -221,7 +236,9 @@ def test_batches_have_the_mean_trace_of_all_samples() -> None:
     rule = StoppingRule(cap=150, tolerance=0)
     found = [
         measure(
-            program, find_groups(program), Settings(samples=5, batch_size=size, rule=rule),
+            program,
+            find_groups(program),
+            Settings(samples=5, batch_size=size, estimator="outputs", rule=rule),
             context(x, y),
         )
         for size in (2, 5)
@@ -349,9 +366,7 @@ def pair_scores(model: Pair, criterion: Any) -> Tensor:
     x, y = samples()
     program = trace(model, (x[:2],))
     rule = StoppingRule(cap=8, tolerance=0)
-    settings = Settings(
-        criterion, samples=SIZE, batch_size=SIZE, estimator="auto", rule=rule, labels="data"
-    )
+    settings = Settings(criterion, samples=SIZE, batch_size=SIZE, rule=rule)
     found, layout, _ = measure(program, find_groups(program), settings, context(x, y))
     return layout.joined(found.scores)
 
@@ -423,10 +438,10 @@ def test_a_loss_of_the_users_own_needs_labels() -> None:
         measure(program, groups, settings, context(x, None, huber))
     target = torch.randn(SIZE, 3, dtype=torch.float64)
     found, _, _ = measure(program, groups, settings, context(x, target, huber))
-    assert found.details["probed"] == "weights"
+    assert found.details["method"] == "weights"
 
 
-@pytest.mark.parametrize("estimator", ["weights", "outputs"])
+@pytest.mark.parametrize("estimator", ["weights", "outputs", "exact"])
 def test_half_precision_ranks_alike(estimator: Any) -> None:
     torch.manual_seed(0)
     program = trace(randomise_norms(Small(nn.LeakyReLU(0.3))), (torch.randn(2, 2, 5, 5),))
@@ -451,7 +466,7 @@ def test_probes_that_are_not_finite_are_dropped_and_all_lost_is_an_error() -> No
     program = trace(model, (torch.randn(2, 2, 5, 5),))
     x, y = samples()
     x[0] = torch.inf
-    settings = Settings(samples=SIZE, rule=StoppingRule(cap=4))
+    settings = Settings(samples=SIZE, estimator="outputs", rule=StoppingRule(cap=4))
     with pytest.raises(FxpruneError, match="none of 4 probes was finite"):
         measure(program, find_groups(program), settings, context(x.float(), y))
 
