@@ -29,6 +29,7 @@ class Context:
         loss: ``loss(outputs, target) -> scalar`` (mean over the batch).
         dense: the program before the first pass; the pipeline fills it in if absent.
         progress: how long work shows itself.
+
     """
 
     data: Any = None

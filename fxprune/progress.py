@@ -26,6 +26,7 @@ class Tracker:
 
     Attributes:
         shown: draw the bar; by default only where standard error is a terminal.
+
     """
 
     shown: bool | None = None

@@ -6,9 +6,24 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 from fxprune.errors import InputError
+from fxprune.passes.annotate_sensitivity import AnnotateSensitivity
+from fxprune.passes.finetune import Finetune
+from fxprune.passes.fold_batchnorm import FoldBatchNorm
+from fxprune.passes.plan_channels import PlanChannels
+from fxprune.passes.recalibrate_norms import RecalibrateNorms
+from fxprune.passes.remove_channels import RemoveChannels
 from fxprune.pipeline import Pass
 
-ALL: tuple[type[Pass], ...] = ()
+ALL: tuple[type[Pass], ...] = (
+    AnnotateSensitivity,
+    PlanChannels,
+    RemoveChannels,
+    RecalibrateNorms,
+    Finetune,
+    FoldBatchNorm,
+)
+
+__all__ = ["ALL", "known", *(step.__name__ for step in ALL)]
 
 
 def known() -> Mapping[str, type[Pass]]:
