@@ -1,0 +1,69 @@
+"""Trained networks and images for the measuring tools."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fxprune import trace
+from fxprune.datasets import Arrays
+from fxprune.program import Program
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def load_data(path: Path, statistics: Statistics = IMAGENET) -> Arrays:
+    """Read an ``.npz`` of images: ``x`` and ``y``, or ``jpeg``, ``offsets`` and ``labels``."""
+    with np.load(path) as file:
+        if "x" in file:
+            images, labels = file["x"], file["y"]
+        else:
+            images, labels = _decoded(file["jpeg"], file["offsets"]), file["labels"]
+    mean, deviation = (torch.tensor(values).view(1, 3, 1, 1) for values in statistics)
+
+    def normalised(stack: Tensor) -> Tensor:
+        return (stack.permute(0, 3, 1, 2).float() / 255 - mean) / deviation
+
+    return Arrays(torch.from_numpy(images), torch.from_numpy(labels).long(), normalised)
+
+
+def _decoded(data: Any, offsets: Any) -> Any:
+    ends = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    return np.stack(
+        [np.asarray(Image.open(io.BytesIO(data[a:b].tobytes())).convert("RGB")) for a, b in ends]
+    )
+
+
+def load_program(arch: str, argument: int | None, weights: Path, data: Arrays) -> Program:
+    """Build a model by its factory, load a state dict, and trace it for two samples."""
+    place, _, name = arch.rpartition(":")
+    factory = cast(Callable[..., nn.Module], getattr(_module(place), name))
+    model = factory() if argument is None else factory(argument)
+    model.load_state_dict(torch.load(weights, weights_only=True))
+    return trace(model.eval(), (data.gather(torch.arange(2))[0],))
+
+
+def _module(place: str) -> Any:
+    if not place.endswith(".py"):
+        if place.startswith(("torchvision", "timm")):
+            from fxprune.compat import enable_torchvision
+
+            enable_torchvision()
+        return importlib.import_module(place)
+    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
