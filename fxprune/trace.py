@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -157,7 +158,10 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with warnings.catch_warnings():
+            # Recurrent layers keep a list of their weights, which torch.export notices.
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

@@ -178,10 +178,11 @@ class Slice(Block):
     def __init__(self, first: int, second: int, step: Step) -> None:
         super().__init__(first, second, step)
         self.stride = 2 if step.width == 12 else 1
-        self.width = len(range(1, first, self.stride))
+        self.start = min(1, first - 1)  # something is always left
+        self.width = len(range(self.start, first, self.stride))
 
     def forward(self, x: Tensor, _: Tensor) -> Tensor:
-        return x[:, 1 :: self.stride]
+        return x[:, self.start :: self.stride]
 
 
 class Attention(Block):

@@ -146,12 +146,9 @@ def pad(flow: Flow, node: fx.Node) -> Any:
         position = 2 * (len(shape) - 1 - layer.dim)
         before, after = amounts[position : position + 2] if position < len(amounts) else (0, 0)
         ids = layer.ids[max(-before, 0) : layer.ids.numel() - max(-after, 0)]
-        parts = [ids]
-        if before > 0:
-            parts.insert(0, flow.literal(node, position, before))
-        if after > 0:
-            parts.append(flow.literal(node, position + 1, after))
-        layers.append(Layer(layer.dim, torch.cat(parts)))
+        made = flow.literal(node, layer.dim, max(before, 0) + max(after, 0))
+        sides = made[: max(before, 0)], made[max(before, 0) :]
+        layers.append(Layer(layer.dim, torch.cat([sides[0], ids, sides[1]])))
     return Labels(shape, tuple(layers))
 
 

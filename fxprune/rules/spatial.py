@@ -61,12 +61,12 @@ def recurrent(gates: int) -> Rule:
             return _outputs(node, ())
         operand = flow.labels(given["input"])
         incoming = [(operand, len(operand.shape) - 1)]
-        reads: list[Read] = [Read((0,), len(operand.shape) - 1)]
+        reads: list[Read] = []
         hidden: list[Tensor] = []
         width = torch.empty(0, dtype=torch.int32)
         for cell in range(0, expected, per_cell):
             own = _cell(flow, node, parameters[cell : cell + per_cell], gates, incoming)
-            reads.append(Read((len(node.args[:2]), cell + 1), 1))
+            reads += [Read((2, cell), 1), Read((2, cell + 1), 1)]
             hidden.append(own)
             if len(hidden) % directions == 0:
                 width = torch.cat(hidden[-directions:])

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from strategies import Design, Network, designs
+from support import assert_same, randomise_norms, relative_error, trace, without_readers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune.cost import cost_model
+from fxprune.errors import InputError
+from fxprune.groups import Group
+from fxprune.verify import sample_units
+
+
+def removable(program: fxprune.Program) -> list[Group]:
+    return [group for group in fxprune.find_groups(program) if group.frozen_because is None]
+
+
+@given(designs())
+def test_removal_equals_never_having_read(design: Design) -> None:
+    network = Network(design)
+    x = network.example()
+    program = trace(network, x)
+    chosen = sample_units(fxprune.find_groups(program), 0.5, design.seed)
+    exact = {group: units for group, units in chosen.items() if not group.mixed_by}
+    expected = without_readers(network, exact)(x)
+    fxprune.remove_units(program, exact)
+    assert_same(program(x), expected)
+
+
+@given(designs())
+def test_zero_then_remove_is_exact_wherever_it_applies(design: Design) -> None:
+    network = Network(design)
+    program = trace(network, network.example())
+    for group, units in sample_units(fxprune.find_groups(program), 0.3, design.seed).items():
+        found = fxprune.verify_removal(program, {group: units})
+        if group.mixed_by:
+            assert found.error is None
+            assert found.reason is not None
+        else:
+            assert found.error is not None
+            assert found.error <= 1e-10
+
+
+@given(designs())
+def test_costs_in_closed_form_equal_the_costs_of_the_cut_program(design: Design) -> None:
+    network = Network(design)
+    program = trace(network, network.example())
+    groups = fxprune.find_groups(program)
+    model = cost_model(program, groups)
+    chosen = sample_units(groups, 0.5, design.seed)
+    predicted = model.after(np.array([len(chosen.get(group, ())) for group in groups]))
+    fxprune.remove_units(program, chosen)
+    assert fxprune.cost(program) == predicted
+
+
+@given(designs())
+def test_a_cut_program_runs_at_other_batch_sizes_and_learns(design: Design) -> None:
+    network = Network(design)
+    program = trace(network, network.example())
+    fxprune.remove_units(program, sample_units(fxprune.find_groups(program), 0.5, design.seed))
+    output = program(network.example(3))
+    output.square().sum().backward()
+    read = {str(node.target) for node in program.tensor_nodes()}
+    parameters = dict(program.graph_module.named_parameters())
+    assert all(
+        parameters[name].grad is not None for name in read & set(parameters) if output.numel()
+    )
+
+
+class PaddedShortcut(nn.Module):
+    """The shortcut of CIFAR ResNets: stride 2, new channels are zeros on either side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv = nn.Conv2d(8, 16, 3, 2, 1)
+        self.norm = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        x = F.relu(self.norm(self.conv(x)) + shortcut)
+        result: Tensor = self.head(x.mean((2, 3)))
+        return result
+
+
+def test_padded_shortcuts_are_removable_and_their_padding_shrinks() -> None:
+    model = randomise_norms(PaddedShortcut()).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    program = trace(model, x)
+    stage = next(group for group in removable(program) if group.name == "conv.weight:0")
+    assert len(stage.units) == 8  # the padding; the other eight live with the stem
+    doomed = {stage: [0, 1, 7]}
+    expected = without_readers(model, doomed)(x)
+    fxprune.remove_units(program, doomed)
+    (pad,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.pad.default)
+    assert pad.args[1] == [0, 0, 0, 0, 2, 3]
+    assert_same(program(x), expected)
+
+
+class Attention(nn.Module):
+    """Self-attention from one projection, as most vision transformers have it."""
+
+    def __init__(self, width: int = 24, heads: int = 3) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        result: Tensor = self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+        return result
+
+
+@pytest.mark.parametrize(("prefer", "units"), [("heads", 3), ("head_dim", 8)])
+def test_heads_or_head_widths_can_go(prefer: str, units: int) -> None:
+    program = trace(Attention().double(), torch.randn(2, 7, 24, dtype=torch.float64))
+    groups = [g for g in fxprune.find_groups(program, prefer) if g.frozen_because is None]  # type: ignore[arg-type]
+    assert sorted({len(group.units) for group in groups}) == [units]
+    found = fxprune.verify_removal(program, {group: [1] for group in groups})
+    assert found.error is not None
+    assert found.error <= 1e-10
+
+
+def test_the_attention_scale_stays_when_head_width_shrinks() -> None:
+    program = trace(Attention(), torch.randn(2, 7, 24))
+    groups = [g for g in fxprune.find_groups(program, "head_dim") if g.frozen_because is None]
+    fxprune.remove_units(program, {group: [0, 1] for group in groups})
+    (node,) = [n for n in program.graph.nodes if "attention" in str(n.target)]
+    assert node.kwargs["scale"] == pytest.approx(8**-0.5)
+
+
+def test_removing_nothing_changes_nothing() -> None:
+    program = trace(PaddedShortcut(), torch.randn(1, 3, 8, 8))
+    before = {name: t.clone() for name, t in program.graph_module.state_dict().items()}
+    code = program.graph_module.code
+    assert fxprune.remove_units(program, {group: [] for group in removable(program)}) == 0
+    assert program.graph_module.code == code
+    assert all(
+        torch.equal(t, before[name]) for name, t in program.graph_module.state_dict().items()
+    )
+
+
+def test_the_users_model_is_left_alone() -> None:
+    model = PaddedShortcut().train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    program = trace(model, torch.randn(1, 3, 8, 8))
+    fxprune.remove_units(program, sample_units(fxprune.find_groups(program), 0.5))
+    assert model.training
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_frozen_groups_and_whole_groups_are_refused() -> None:
+    program = trace(PaddedShortcut(), torch.randn(1, 3, 8, 8))
+    groups = {group.name: group for group in fxprune.find_groups(program)}
+    with pytest.raises(InputError, match="is frozen: it reaches the model's output"):
+        fxprune.remove_units(program, {groups["head.weight:0"]: [0]})
+    with pytest.raises(InputError, match="would lose all of its 8 units"):
+        fxprune.remove_units(program, {groups["stem.weight:0"]: range(8)})
+    with pytest.raises(InputError, match="has units 0 to 7"):
+        fxprune.remove_units(program, {groups["stem.weight:0"]: [8]})
+
+
+def test_groups_of_a_program_that_has_changed_are_refused() -> None:
+    program = trace(PaddedShortcut(), torch.randn(1, 3, 8, 8))
+    stem = removable(program)[0]
+    fxprune.remove_units(program, {stem: [0]})
+    with pytest.raises(InputError, match="find the groups again"):
+        fxprune.remove_units(program, {stem: [1]})
+
+
+def test_what_is_left_is_recorded_over_several_cuts() -> None:
+    model = PaddedShortcut()
+    program = trace(model, torch.randn(1, 3, 8, 8))
+    for _ in range(2):
+        fxprune.remove_units(program, {removable(program)[0]: [1]})
+    left = program.get(fxprune.facts.REMOVED).kept["stem_weight"][0]
+    assert left.tolist() == [0, 3, 4, 5, 6, 7]
+    assert torch.equal(program.tensor("stem.weight"), model.stem.weight[left])
+
+
+def test_layer_norm_is_said_to_mix() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    program = trace(model, torch.randn(2, 6))
+    (group,) = removable(program)
+    found = fxprune.verify_removal(program, {group: [0]})
+    assert found.error is None
+    assert "layer_norm" in str(found.reason)
+    fxprune.remove_units(program, {group: [0, 5]})
+    assert program(torch.randn(4, 6)).shape == (4, 3)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.enter = nn.Linear(4, 6)
+        self.cells = kind(6, 8, num_layers=2, batch_first=True, bidirectional=True)
+        self.leave = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.leave(self.cells(self.enter(x))[0])
+        return result
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_units_go_with_their_gates_and_states(kind: type[nn.RNNBase]) -> None:
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    program = trace(Recurrent(kind).double(), x)
+    groups = removable(program)
+    assert sorted(len(group.units) for group in groups) == [6, 8]
+    found = fxprune.verify_removal(program, {group: [0, 3] for group in groups})
+    assert found.error is not None
+    assert found.error <= 1e-10
+
+
+def test_an_unknown_operator_freezes_and_is_named() -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.b(
+                torch.linalg.matrix_exp(self.a(x).diag_embed()).diagonal(0, -2, -1)
+            )
+            return result
+
+    program = trace(Sorted(), torch.randn(2, 4))
+    reasons = [g.frozen_because for g in fxprune.find_groups(program) if g.name == "a.weight:0"]
+    assert reasons[0] is not None
+    assert "no rule is known for operator aten." in reasons[0]
+    assert "operator_rule" in reasons[0]
+
+
+def test_relative_error_of_the_support_module_is_what_verify_uses() -> None:
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5])
+    assert fxprune.verify.relative_error(b, a) == pytest.approx(relative_error(a, b))
