@@ -84,7 +84,7 @@ def test_a_function_runs_in_a_pipeline() -> None:
     report = Pipeline([FoldBatchNorm(), from_function(drop_relus)]).run(program)
     assert [entry.spec for entry in report.entries] == ["fold-batchnorm", "drop-relus"]
     assert report.entries[1].outcome.changes == 2  # the call, and the output that read it
-    assert_same(program(X), model[:2].eval()(X))  # type: ignore[index, operator]
+    assert_same(program(X), model[:2].eval()(X))  # type: ignore[index]
 
 
 def test_a_functions_result_says_what_changed() -> None:
