@@ -15,12 +15,12 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, get_type_hints
 
 from fxprune.errors import FxpruneError, InputError
-from fxprune.option_text import Scanner, convert
+from fxprune.option_text import Quoted, Scanner, convert
 from fxprune.pipeline import Pass, Pipeline, default_of
 
 Known = Mapping[str, type[Pass]]
@@ -64,8 +64,10 @@ class OptionError(InputError):
         self.option = option
 
 
-def make(kind: type[Pass], options: Mapping[str, Any]) -> Pass:
-    """Make a pass from its options as text or TOML has them (kebab or snake case).
+def make(
+    kind: type[Pass], options: Mapping[str, Any], read: Callable[[Any, Any], Any] = convert
+) -> Pass:
+    """Make a pass from its options (kebab or snake case), each given its field's type by ``read``.
 
     Raises:
         OptionError: the pass does not take them; the message names the option.
@@ -78,7 +80,7 @@ def make(kind: type[Pass], options: Mapping[str, Any]) -> Pass:
         if (kebab := option.replace("_", "-")) not in names:
             raise OptionError(option, f"in {kind.name}: {_unknown('option', option, names)}")
         try:
-            values[names[kebab]] = convert(value, hints[names[kebab]])
+            values[names[kebab]] = read(value, hints[names[kebab]])
         except ValueError as error:
             raise OptionError(option, f"in {kind.name}: option '{kebab}': {error}") from error
     for kebab, name in names.items():
@@ -134,9 +136,28 @@ def _read_pass(table: Mapping[str, Any], known: Known, where: str) -> Pass:
     if name not in known:
         raise InputError(f"{where}: {_unknown('pass', name, known)}")
     try:
-        return make(known[name], options)
+        return make(known[name], options, _from_toml)
     except OptionError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def _from_toml(value: Any, hint: Any) -> Any:
+    """Give a TOML value its field's type: a string stays one where the field takes strings."""
+    try:
+        return convert(_quoted(value), hint)
+    except ValueError:
+        return convert(value, hint)
+
+
+def _quoted(value: Any) -> Any:
+    match value:
+        case str():
+            return value if value == "none" else Quoted(value)
+        case list():
+            return [_quoted(item) for item in value]
+        case dict():
+            return {key: _quoted(item) for key, item in value.items()}
+    return value
 
 
 def write_recipe(recipe: Recipe) -> str:

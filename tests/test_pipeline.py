@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from fxprune.context import Context
+from fxprune.errors import FxpruneError, OrderError, PreconditionError
+from fxprune.pipeline import Entry, Facts, Outcome, Pass, Pipeline
+from fxprune.program import Fact, Program
+from fxprune.trace import trace
+
+SCORE: Fact[int] = Fact("score")
+PLAN: Fact[int] = Fact("plan")
+
+
+@dataclass(frozen=True)
+class Score(Pass):
+    name: ClassVar[str] = "score"
+    acts: ClassVar[bool] = False
+    gives: ClassVar[Facts] = frozenset({SCORE})
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        program.put(SCORE, 1)
+        return Outcome()
+
+
+@dataclass(frozen=True)
+class Plan(Pass):
+    name: ClassVar[str] = "plan"
+    acts: ClassVar[bool] = False
+    needs: ClassVar[Facts] = frozenset({SCORE})
+    gives: ClassVar[Facts] = frozenset({PLAN})
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        program.put(PLAN, 2)
+        return Outcome()
+
+
+@dataclass(frozen=True)
+class Shift(Pass):
+    name: ClassVar[str] = "shift"
+
+    by: float = 1.0
+    places: int = 1
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        with torch.no_grad():
+            program.tensor("bias").add_(self.by)
+        return Outcome(self.places)
+
+
+@dataclass(frozen=True)
+class Keep(Shift):
+    name: ClassVar[str] = "keep"
+    keeps: ClassVar[Facts] = frozenset({SCORE})
+
+
+@dataclass(frozen=True)
+class Fail(Pass):
+    name: ClassVar[str] = "fail"
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        raise FxpruneError("no luck")
+
+
+@pytest.fixture
+def program() -> Program:
+    return trace(nn.Linear(3, 2), (torch.ones(1, 3),))
+
+
+def test_facts_flow_and_costs_are_noted(program: Program) -> None:
+    report = Pipeline([Score(), Plan(), Shift(by=2.0)]).run(program)
+    assert [entry.spec for entry in report.entries] == ["score", "plan", "shift{by=2.0}"]
+    assert {entry.after.params for entry in report.entries} == {8}
+    assert "shift{by=2.0}" in str(report)
+
+
+def test_a_change_drops_facts_that_are_not_kept(program: Program) -> None:
+    Pipeline([Score(), Plan(), Keep()]).run(program)
+    assert set(program.facts) == {"score"}
+
+
+def test_no_change_drops_nothing(program: Program) -> None:
+    Pipeline([Score(), Shift(places=0)]).run(program)
+    assert set(program.facts) == {"score"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "reason"),
+    [
+        ([Plan()], "pass 1, plan, reads 'score', and nothing before it gives that"),
+        ([Score(), Shift(), Plan()], "pass 3, plan, reads 'score', which shift before it does not"),
+    ],
+)
+def test_a_wrong_order_is_refused_when_built(steps: list[Pass], reason: str) -> None:
+    with pytest.raises(OrderError, match=reason):
+        Pipeline(steps)
+
+
+def test_a_deciding_pass_keeps_the_facts_before_it() -> None:
+    assert len(Pipeline([Score(), Score(), Plan(), Plan()]).passes) == 4
+
+
+def test_a_pass_alone_checks_its_facts(program: Program) -> None:
+    with pytest.raises(PreconditionError, match="plan needs score"):
+        Plan()(program, Context())
+
+
+def test_an_error_says_where(program: Program) -> None:
+    with pytest.raises(FxpruneError, match="no luck") as caught:
+        Pipeline([Score(), Fail()]).run(program)
+    assert caught.value.__notes__ == ["in fail, after score"]
+
+
+def test_the_dense_model_is_kept_aside(program: Program) -> None:
+    seen: list[Any] = []
+
+    @dataclass(frozen=True)
+    class Look(Pass):
+        name: ClassVar[str] = "look"
+
+        def run(self, program: Program, context: Context) -> Outcome:
+            assert context.dense is not None
+            seen.append(context.dense.tensor("bias") - program.tensor("bias"))
+            return Outcome()
+
+    Pipeline([Shift(), Look()]).run(program)
+    assert torch.allclose(seen[0], torch.tensor([-1.0, -1.0]))
+
+
+def test_goes_on_after_what_is_done(program: Program) -> None:
+    pipeline = Pipeline([Score(), Plan(), Shift()])
+    entries: list[Entry] = []
+
+    def stop(program: Program, entry: Entry) -> None:
+        entries.append(entry)
+        if len(entries) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(program, observe=(stop,))
+    assert set(program.facts) == {"score", "plan"}
+    report = pipeline.run(program, done=tuple(entries))
+    assert [entry.spec for entry in report.entries] == ["score", "plan", "shift"]
