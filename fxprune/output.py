@@ -35,6 +35,18 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
+def check_writable(folder: Path) -> None:
+    """Fail if files cannot be put into a folder; leaves everything as it was.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    prepare(folder)
+    drop_empty(made)
+
+
 def drop_empty(folders: list[Path]) -> None:
     """Remove those folders, innermost first, that exist and have nothing in them."""
     for folder in folders:
