@@ -207,3 +207,9 @@ def _pair(source: tuple[Any, ...], role: str) -> Arrays:
             "give one pair (x, y) with as many targets as inputs"
         )
     return Arrays(tensors[0], tensors[1])
+
+
+def subset(samples: Samples, count: int, seed: int) -> Samples:
+    """Choose some of the samples, at random but the same for the same seed."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+    return _subset(samples, sorted(order[:count].tolist()))

@@ -31,12 +31,19 @@ class Tracker:
 
     shown: bool | None = None
 
-    def track(
-        self, items: Iterable[T], description: str, total: int | None = None
-    ) -> Iterator[T]:
+    @property
+    def visible(self) -> bool:
+        """Whether anything is shown."""
+        return sys.stderr.isatty() if self.shown is None else self.shown
+
+    def say(self, text: str) -> None:
+        """Show a line that tells what is going on."""
+        if self.visible:
+            Console(stderr=True).print(text, highlight=False, markup=False)
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Yield the items, moving the bar by one after each."""
-        visible = sys.stderr.isatty() if self.shown is None else self.shown
-        if not visible:
+        if not self.visible:
             yield from items
             return
         columns = (

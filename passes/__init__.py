@@ -23,7 +23,16 @@ ALL: tuple[type[Pass], ...] = (
     FoldBatchNorm,
 )
 
-__all__ = ["ALL", "known", *(step.__name__ for step in ALL)]
+__all__ = [
+    "ALL",
+    "AnnotateSensitivity",
+    "Finetune",
+    "FoldBatchNorm",
+    "PlanChannels",
+    "RecalibrateNorms",
+    "RemoveChannels",
+    "known",
+]
 
 
 def known() -> Mapping[str, type[Pass]]:

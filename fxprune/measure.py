@@ -1,0 +1,112 @@
+"""The figures of a run: accuracy over the evaluation data, files and latencies side by side."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fxprune.cost import cost
+from fxprune.data import Data
+from fxprune.evaluate import Evaluation, evaluate, fixed_batch, run_onnx, run_program
+from fxprune.export import ExportCheck, export_onnx
+from fxprune.latency import Latency, compare
+from fxprune.program import Program
+from fxprune.progress import Tracker
+from fxprune.report import Measures
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures accuracy on the whole evaluation data.
+
+    Attributes:
+        data: None, or without evaluation data, leaves accuracy unknown.
+        dense: whose predictions stand for labels where there are none.
+        batch_size: samples per step.
+        device: where PyTorch runs.
+        threads: of ONNX Runtime; None leaves the number to it.
+        progress: shows how far it is.
+
+    """
+
+    data: Data | None
+    dense: Program
+    batch_size: int = 128
+    device: str = "cpu"
+    threads: int | None = None
+    progress: Tracker = field(default_factory=Tracker)
+
+    def program(self, program: Program, text: str) -> Evaluation:
+        """Judge a program in PyTorch; it is left on the device, in evaluation mode."""
+        if self.data is None or self.data.eval is None:
+            return Evaluation(None, 0, "accuracy was not measured: there is no evaluation data")
+        return evaluate(
+            run_program(program.to(self.device)),
+            self.data.eval,
+            batch_size=self.batch_size,
+            reference=run_program(self.dense.to(self.device)),
+            fixed_batch=fixed_batch(program),
+            device=self.device,
+            progress=self.progress,
+            text=text,
+        )
+
+    def file(self, path: Path, text: str) -> Evaluation:
+        """Judge an ONNX file in ONNX Runtime."""
+        if self.data is None or self.data.eval is None:
+            return Evaluation(None)
+        return evaluate(
+            run_onnx(path, threads=self.threads),
+            self.data.eval,
+            batch_size=self.batch_size,
+            reference=run_program(self.dense.to("cpu")),
+            fixed_batch=fixed_batch(self.dense),
+            progress=self.progress,
+            text=text,
+        )
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What was written as ONNX, beside the dense model.
+
+    Attributes:
+        dense: the dense model's export, which is not kept.
+        small: the small model's.
+        latency: of ``before`` and ``after``, in turns in one process.
+
+    """
+
+    dense: ExportCheck
+    small: ExportCheck
+    latency: dict[str, Latency]
+
+    @property
+    def speedup(self) -> tuple[float, float, float]:
+        """The tenth percentile, median and ninetieth percentile of the ratio of latencies."""
+        after = self.latency["after"]
+        return after.speedup_p10, after.speedup, after.speedup_p90
+
+
+def emit(dense: Program, small: Program, path: Path, threads: int) -> Emission:
+    """Export both programs, the small one to ``path``, and time them against each other."""
+    with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
+        other = Path(scratch) / "dense.onnx"
+        checks = export_onnx(dense, other), export_onnx(small, path)
+        return Emission(*checks, compare({"before": other, "after": path}, threads=threads))
+
+
+def measures(
+    program: Program, export: ExportCheck, latency: Latency, evaluation: Evaluation
+) -> Measures:
+    """Put one model's figures together."""
+    static = cost(program)
+    return Measures(
+        static.params,
+        static.macs,
+        static.weight_bytes,
+        export.onnx_bytes,
+        latency.median_ms,
+        evaluation.accuracy,
+    )

@@ -1,0 +1,158 @@
+"""What a run is asked to do, and the pipeline and targets that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from torch.nn import functional as F
+
+from fxprune import passes
+from fxprune.budget import Budget, Target
+from fxprune.context import Loss
+from fxprune.errors import InputError
+from fxprune.passes import (
+    AnnotateSensitivity,
+    Finetune,
+    FoldBatchNorm,
+    PlanChannels,
+    RecalibrateNorms,
+    RemoveChannels,
+)
+from fxprune.pipeline import Pass, Pipeline
+from fxprune.pipeline_text import parse
+from fxprune.progress import Tracker
+
+DEFAULT_TARGETS = (Target.parse("macs=50%"),)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked to do.
+
+    Attributes:
+        targets: what the result may cost at most.
+        max_drop: how many points of accuracy may be lost; None for no such check.
+        epochs: of fine-tuning in the default pipeline.
+        pipeline: the passes; None for the default ones.
+        calibration: how many samples calibrate at most; None for all.
+        batch_size: of evaluation.
+        seed: the source of all randomness.
+        device: where passes run the model.
+        threads: of PyTorch and of ONNX Runtime; None leaves PyTorch's and measures latency on one.
+        verify: check zero-then-remove on random units before the passes run.
+        resume: go on after the last finished pass of a run that was killed.
+        loss: what training and sensitivities are about.
+        progress: how long work shows itself.
+        origin: what the recipe is to say besides, such as the model's file.
+
+    """
+
+    targets: tuple[Target, ...] = ()
+    max_drop: float | None = None
+    epochs: int = 0
+    pipeline: Pipeline | None = None
+    calibration: int | None = None
+    batch_size: int = 128
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    verify: bool = True
+    resume: bool = False
+    loss: Loss = F.cross_entropy
+    progress: Tracker = field(default_factory=Tracker)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        least = {"epochs": 0, "batch_size": 1, "calibration": 1, "threads": 1, "max_drop": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise InputError(f"{name.replace('_', '-')} is {value}; it must be at least {low}")
+
+    def told(self) -> dict[str, Any]:
+        """Return what a recipe's ``[run]`` says: everything that is not a default."""
+        plain = ("max_drop", "calibration", "batch_size", "seed", "device", "threads", "verify")
+        defaults = {option.name: option.default for option in fields(self)}
+        changed = {
+            name: value for name in plain if (value := getattr(self, name)) != defaults[name]
+        }
+        return {**self.origin, **changed}
+
+
+def make_options(
+    target: str | Iterable[str] | None = None,
+    pipeline: str | Pipeline | None = None,
+    **options: Any,
+) -> Options:
+    """Make options of what users write: targets and pipelines as text.
+
+    Raises:
+        InputError: an option does not exist or cannot be read.
+
+    """
+    known = {option.name for option in fields(Options)}
+    if unknown := sorted(set(options) - known):
+        raise InputError(
+            f"compile has no option '{unknown[0]}'; it has {', '.join(sorted(known - {'targets'}))}"
+        )
+    if isinstance(pipeline, str):
+        pipeline = parse(pipeline, passes.known())
+    return Options(targets=parse_targets(target), pipeline=pipeline, **options)
+
+
+def parse_targets(target: str | Iterable[str] | None) -> tuple[Target, ...]:
+    """Read targets from text, several joined by commas or in a list."""
+    texts = [target] if isinstance(target, str) else list(target or ())
+    return Budget(tuple(Target.parse(part) for text in texts for part in text.split(","))).targets
+
+
+def resolve(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
+    """Return the passes to run, and the targets that the result is held to.
+
+    Targets go into the last ``plan-channels`` of a given pipeline. Without targets those of that
+    pass count.
+
+    Raises:
+        InputError: the options contradict each other.
+
+    """
+    if options.pipeline is None:
+        targets = options.targets or DEFAULT_TARGETS
+        return default_pipeline(targets, options.epochs), targets
+    if options.epochs:
+        raise InputError(
+            "epochs are for the default pipeline; in one of your own write finetune{epochs=...}"
+        )
+    steps = list(options.pipeline)
+    planners = [n for n, step in enumerate(steps) if isinstance(step, PlanChannels)]
+    if not planners:
+        return options.pipeline, options.targets
+    planner = steps[planners[-1]]
+    assert isinstance(planner, PlanChannels)
+    if not options.targets:
+        return options.pipeline, planner.targets
+    cleared: dict[str, Any] = {target.name: None for target in planner.targets}
+    steps[planners[-1]] = replace(planner, **cleared | limits(options.targets))
+    return Pipeline(steps), options.targets
+
+
+def limits(targets: tuple[Target, ...]) -> dict[str, Any]:
+    """Return targets as options of ``plan-channels``."""
+    return {target.name: str(target).partition("=")[2] for target in targets}
+
+
+def default_pipeline(targets: tuple[Target, ...], epochs: int) -> Pipeline:
+    """Return the passes of a run that names none."""
+    recover: tuple[Pass, ...] = (Finetune(epochs=epochs),) if epochs else ()
+    return Pipeline(
+        (
+            AnnotateSensitivity(),
+            PlanChannels(**limits(targets)),
+            RemoveChannels(),
+            RecalibrateNorms(),
+            *recover,
+            FoldBatchNorm(),
+        )
+    )

@@ -1,0 +1,84 @@
+"""The report of a run as tables on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fxprune.report import RunReport
+
+Row = tuple[str, str, str, str]
+
+
+def rows(report: RunReport) -> Iterator[Row]:
+    """Yield the lines of the before/after table: name, before, after, change."""
+    before, after = report.before, report.after
+    yield _row("parameters", before.params, after.params, "{:,}")
+    yield _row("MACs per sample", before.macs, after.macs, "{:,}")
+    yield _row("weights, bytes", before.weight_bytes, after.weight_bytes, "{:,}")
+    yield _row("ONNX file, bytes", before.onnx_bytes, after.onnx_bytes, "{:,}")
+    name, *figures, change = _row("latency, ms", before.latency_ms, after.latency_ms, "{:.3f}")
+    if report.speedup is not None:
+        change = "{1:.2f}x faster ({0:.2f} to {2:.2f})".format(*report.speedup)
+    yield name, figures[0], figures[1], change
+    yield _accuracy(before.accuracy, after.accuracy)
+
+
+def _row(name: str, before: float | None, after: float | None, form: str) -> Row:
+    shown = ["-" if value is None else form.format(value) for value in (before, after)]
+    change = "" if not before or after is None else f"{100 * after / before:.1f} % left"
+    return name, shown[0], shown[1], change
+
+
+def _accuracy(before: float | None, after: float | None) -> Row:
+    shown = ["-" if value is None else f"{100 * value:.2f} %" for value in (before, after)]
+    change = "" if before is None or after is None else f"{100 * (after - before):+.2f} points"
+    return "accuracy", shown[0], shown[1], change
+
+
+def print_report(report: RunReport, console: Console) -> None:
+    """Print the tables that a run ends with."""
+    console.print(Group(_figures(report), _passes(report), *_verdicts(report)))
+
+
+def _figures(report: RunReport) -> Table:
+    table = Table("", "before", "after", "", box=None, pad_edge=False, header_style="bold")
+    for number in (1, 2):
+        table.columns[number].justify = "right"
+    for row in rows(report):
+        table.add_row(*row)
+    return table
+
+
+def _passes(report: RunReport) -> Table:
+    table = Table("pass", "seconds", "changes", "params", "MACs", box=None, pad_edge=False)
+    for number in range(1, 5):
+        table.columns[number].justify = "right"
+    for entry in report.entries:
+        cost, changes = entry.after, entry.outcome.changes
+        figures = (f"{entry.seconds:.1f}", f"{changes:,}", f"{cost.params:,}", f"{cost.macs:,}")
+        table.add_row(Text(entry.spec, overflow="fold"), *figures)
+    return table
+
+
+def _verdicts(report: RunReport) -> Iterator[RenderableType]:
+    yield Text("")
+    for target in report.targets:
+        share = f"{target.value:,.0f} of at most {target.limit:,.0f}"
+        yield _verdict(target.met, f"target {target.target}: {share}", "met", "NOT MET")
+    for name, check in report.checks.items():
+        if not check.ran:
+            yield Text(f"{name}: not run ({check.note})", style="yellow")
+            continue
+        note = f" ({check.note})" if check.note else ""
+        figures = f"{name}: {check.value:.2g}, limit {check.limit:.2g}{note}"
+        yield _verdict(check.passed is not False, figures, "passed", "FAILED")
+    for note in report.notes:
+        yield Text(f"note: {note}")
+
+
+def _verdict(good: bool, text: str, yes: str, no: str) -> Text:
+    return Text.assemble(text, ", ", (yes, "green") if good else (no, "bold red"))
