@@ -1,0 +1,7 @@
+"""``python -m fxprune`` is the command line."""
+
+from __future__ import annotations
+
+from fxprune.cli import main
+
+main()

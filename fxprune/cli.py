@@ -1,0 +1,261 @@
+"""The command line: ``fxprune compile``, ``inspect``, ``bench`` and ``passes``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fxprune import passes as registry
+from fxprune.compile import compile as compile_model
+from fxprune.data import batches
+from fxprune.errors import FxpruneError, InputError
+from fxprune.inspect import inspect as inspect_program
+from fxprune.inspect import print_inspection
+from fxprune.latency import Latency, compare
+from fxprune.listing import describe, print_passes
+from fxprune.output import check_writable
+from fxprune.pipeline_text import Recipe, parse, read_recipe
+from fxprune.program import Program
+from fxprune.progress import Tracker
+from fxprune.quiet import quiet
+from fxprune.report_table import print_report
+from fxprune.request import Request, read_text
+from fxprune.trace import trace
+
+app = typer.Typer(
+    help="Compile trained PyTorch models into physically smaller ones, as ONNX, with proof.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)  # fmt: skip
+
+Words = list[str] | None
+Model = Annotated[str, typer.Argument(help="state dict, exported program or module")]
+Arch = Annotated[
+    str | None, typer.Option(help="torchvision:NAME, timm:NAME or package.module:factory")
+]
+ArchOption = Annotated[Words, typer.Option(help="name=value for that factory; repeatable")]
+DataName = Annotated[
+    str | None, typer.Option(help="image folder, .npz, digits or package.module:factory")
+]
+DataOption = Annotated[Words, typer.Option(help="name=value for that factory; repeatable")]
+InputShape = Annotated[
+    str | None, typer.Option(help="of one sample, such as 3,32,32; default: that of the data")
+]
+ImageSize = Annotated[str | None, typer.Option(help="size that image files are brought to")]
+Mean = Annotated[str | None, typer.Option(help="per channel, of images between 0 and 1")]
+Std = Annotated[str | None, typer.Option(help="per channel, of images between 0 and 1")]
+Trust = Annotated[bool, typer.Option("--trust-pickle", help="run code from the model's file")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks and all warnings")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Threads = Annotated[int | None, typer.Option(min=1, help="of PyTorch and ONNX Runtime")]
+PARTS = {field.name for field in fields(Request)}
+
+
+@app.command("compile")
+def compile_command(
+    model: Annotated[str | None, typer.Argument(help="state dict or exported program")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the results")] = Path("out"),
+    data: DataName = None,
+    data_option: DataOption = None,
+    arch: Arch = None,
+    arch_option: ArchOption = None,
+    input_shape: InputShape = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    target: Annotated[
+        Words, typer.Option(help="macs=50%, macs=2x, params=30%, size=1MB; repeatable")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="points of accuracy to lose at most")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=0, help="of fine-tuning; default 0")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML of a run; options override it")] = None,
+    passes: Annotated[str | None, typer.Option(help="a pipeline, such as a,b{x=1},c")] = None,
+    calibration: Annotated[int | None, typer.Option(help="calibration samples at most")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="of evaluation; default 128")] = None,
+    seed: Annotated[int | None, typer.Option(help="of all randomness; default 0")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (the default) or cuda")] = None,
+    threads: Threads = None,
+    verify: Annotated[bool | None, typer.Option(help="zero-then-remove before the cut")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a killed run")] = False,
+    trust_pickle: Trust = False,
+    debug: Debug = False,
+    quiet_run: Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")] = False,
+) -> None:
+    """Compile a model into a smaller one: model.onnx, model.pt2 and a report in the folder OUT."""
+    given = {**locals()}
+    for name in ("out", "recipe", "passes", "resume", "debug", "quiet_run"):
+        del given[name]
+    with _errors(debug):
+        check_writable(out)
+        known = registry.known()
+        wanted = Recipe()
+        if recipe is not None:
+            wanted = read_recipe(read_text(recipe, "--recipe"), known, f"the recipe {recipe}")
+        told = {name.replace("-", "_"): value for name, value in wanted.options.items()}
+        told |= {name: value for name, value in given.items() if value not in (None, False)}
+        if verify is False:
+            told["verify"] = False
+        pipeline = parse(passes, known) if passes else wanted.pipeline
+        report = _compile(told, pipeline, out, resume, Tracker(False if quiet_run else None))
+        if not quiet_run:
+            print_report(report, Console())
+            print(f"\nwrote {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")
+    raise typer.Exit(0 if report.ok else 1)
+
+
+def _compile(told: dict[str, Any], pipeline: Any, out: Path, resume: bool, tracker: Tracker) -> Any:
+    named = {name: told.pop(name) for name in PARTS & set(told)}
+    if "model" not in named:
+        raise InputError("name the model's file: fxprune compile MODEL --data DATA")
+    for name in ("arch_option", "data_option"):
+        named[name] = tuple(named.get(name, ()))
+    request = Request(**named)
+    data = request.load_data(told.get("seed", 0))
+    tracker.say("loading the model")
+    model = request.load_model()
+    origin = {
+        field.name: list(value)
+        if isinstance(value := getattr(request, field.name), tuple)
+        else value
+        for field in fields(request)
+        if getattr(request, field.name) not in (None, (), False)
+    }
+    return compile_model(
+        model, request.example_inputs(), data=data, out=out, pipeline=pipeline, resume=resume,
+        progress=tracker, origin=origin, **told,
+    ).report  # fmt: skip
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Model,
+    arch: Arch = None,
+    arch_option: ArchOption = None,
+    data: DataName = None,
+    data_option: DataOption = None,
+    input_shape: InputShape = None,
+    image_size: ImageSize = None,
+    trust_pickle: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List what can be removed, what it is worth, and what is frozen and why."""
+    with _errors(debug):
+        request = Request(
+            model, arch, tuple(arch_option or ()), data, tuple(data_option or ()), input_shape,
+            image_size, trust_pickle=trust_pickle,
+        )  # fmt: skip
+        found = inspect_program(_traced(request))
+        if as_json:
+            print(found.to_json())
+        else:
+            print_inspection(found, Console())
+
+
+def _traced(request: Request) -> Program:
+    model = request.load_model()
+    if isinstance(model, Program):
+        return model
+    inputs = request.example_inputs()
+    if inputs is None and (data := request.load_data(0)) is not None:
+        inputs = next(batches(data.calibration, 1)).inputs
+    if inputs is None:
+        raise InputError("tell what the model takes: --input-shape 3,224,224 or --data DATA")
+    return trace(model, inputs)
+
+
+@app.command("bench")
+def bench_command(
+    models: Annotated[list[Path], typer.Argument(help="ONNX files; speed-ups are over the first")],
+    batch: Annotated[int, typer.Option(min=1, help="size of dynamic dimensions")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="of ONNX Runtime")] = 1,
+    seconds: Annotated[float, typer.Option(min=0, help="how long to measure")] = 5.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time ONNX files against each other in ONNX Runtime, in turns on random inputs."""
+    with _errors(debug):
+        found = compare(
+            {str(path): path for path in models}, batch=batch, threads=threads, seconds=seconds
+        )
+        if as_json:
+            print(json.dumps({name: asdict(latency) for name, latency in found.items()}, indent=2))
+        else:
+            _print_latencies(found)
+
+
+def _print_latencies(found: dict[str, Latency]) -> None:
+    table = Table("model", "median ms", "p10", "p90", "speed-up", "p10 to p90", box=None)
+    for name, one in found.items():
+        times = (f"{value:.3f}" for value in (one.median_ms, one.p10_ms, one.p90_ms))
+        spread = f"{one.speedup_p10:.2f} to {one.speedup_p90:.2f}"
+        table.add_row(name, *times, f"{one.speedup:.2f}x", spread)
+    Console().print(table)
+
+
+@app.command("passes")
+def passes_command(
+    names: Annotated[Words, typer.Argument(help="only these")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List every pass, its options with their defaults, and the facts it needs and gives."""
+    with _errors(debug):
+        known = registry.known()
+        if unknown := sorted(set(names or ()) - set(known)):
+            raise InputError(f"there is no pass '{unknown[0]}'; there are {', '.join(known)}")
+        steps = [known[name] for name in names or known]
+        if as_json:
+            print(json.dumps([describe(step) for step in steps], indent=2))
+        else:
+            print_passes(steps, Console())
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """Turn errors into one paragraph and an exit code, and be silent about known noise."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    try:
+        with quiet(not debug):
+            yield
+    except (typer.Exit, SystemExit):
+        raise
+    except KeyboardInterrupt:
+        print("fxprune: interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        raise typer.Exit(_tell(error)) from None
+
+
+def _tell(error: Exception) -> int:
+    notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+    if isinstance(error, FxpruneError):
+        print(f"fxprune: {error}{notes}", file=sys.stderr)
+        return error.exit_code
+    first = next(iter(str(error).strip().splitlines()), "")
+    print(
+        f"fxprune: unexpected {type(error).__name__}: {first}{notes}\n"
+        "run again with --debug for the traceback, and please report it",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
