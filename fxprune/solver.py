@@ -1,175 +1,125 @@
-"""How many units each group loses, so that a budget is met at the least sensitivity.
+"""The solver: how many units each group loses so that a budget is met at the least sensitivity.
 
-Greedy over rounding steps: the step with the least sensitivity per cost saved comes first, and
-costs are exact after every step, neighbours included. The end is made to land: steps that would
-overshoot are passed over, then finer rounding is allowed, then one step is traded for another.
+Units go in order of their scores within a group, so a cut is one number per group. From the whole
+network, the solver takes one width step at a time, always the one that costs the least sensitivity
+per unit of cost saved, costs being exact after every step. If the last step saves too much, it
+gives back what it can, and looks for the cheapest way to land just below the limit: another width
+of one group or of two, first among rounded widths, then among ever finer ones for those groups
+alone. Last, groups trade widths as long as that lowers the total.
+
+The steps towards a smaller budget begin with those towards a larger one; only landing and trading
+depart from that, and only for a few groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fxprune.budget import TOLERANCE
-from fxprune.cost import CostModel, Quantity
+from fxprune.budget import readable
+from fxprune.cuts import Problem
+from fxprune.descent import descend
 from fxprune.errors import BudgetError
+from fxprune.landing import land, trade
+from fxprune.ledger import Floats
 from fxprune.merging import Ints
-from fxprune.widths import Width
-
-Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
-    """Units removed per group, in the model's order, and what was given up to get there."""
+    """A cut that meets the budget.
+
+    Attributes:
+        removed: how many units each group loses.
+        values: the costs then, by quantity of the problem.
+        loss: the sensitivity spent.
+        notes: where the solver departed from what was asked.
+
+    """
 
     removed: Ints
+    values: Floats
+    loss: float
     notes: tuple[str, ...] = ()
 
 
-@dataclass(eq=False)
-class _State:
-    model: CostModel
-    limits: Mapping[Quantity, float]
-    losses: Sequence[Floats]  # by group: sensitivity lost once 0, 1, 2 ... units are gone
-    removed: Ints
-    used: Floats = field(init=False)  # by quantity: cost over limit
-
-    def __post_init__(self) -> None:
-        self.used = self.usage(self.removed)
-
-    def usage(self, removed: Ints) -> Floats:
-        costs = self.model.quantities(removed)
-        return np.array([costs[name] / limit for name, limit in self.limits.items()])
-
-    def step(self, group: int, count: int) -> tuple[float, Floats]:
-        """Sensitivity per saved cost of removing ``count`` units of a group, and the usage then."""
-        changed = self.removed.copy()
-        changed[group] = count
-        used = self.usage(changed)
-        over = self.used > 1
-        saved = float((np.minimum(self.used, np.inf) - used)[over].sum())
-        lost = float(self.losses[group][count] - self.losses[group][self.removed[group]])
-        return (lost / saved if saved > 0 else np.inf), used
-
-    def take(self, group: int, count: int, used: Floats) -> None:
-        self.removed[group] = count
-        self.used = used
-
-    @property
-    def met(self) -> bool:
-        return bool(self.used.max() <= 1)
-
-
-def solve(
-    model: CostModel,
-    scores: Sequence[Floats],
-    widths: Sequence[Width],
-    limits: Mapping[Quantity, float],
-    round_to: int = 16,
-    depthwise_round_to: int = 8,
-) -> Solution:
-    """Find how many units each group loses.
-
-    Args:
-        model: costs in closed form over the groups.
-        scores: for each group, the score of every unit; the lowest go first.
-        widths: for each group, what it may be cut to.
-        limits: upper limits, absolute.
-        round_to: channels should be multiples of this where twice as many remain.
-        depthwise_round_to: the same for depthwise convolutions.
-
-    Returns:
-        A solution that meets every limit, the binding one within 1 %.
+def solve(problem: Problem) -> Solution:
+    """Find a cut within all limits that uses one of them up to within the tolerance.
 
     Raises:
-        BudgetError: no solution exists; the message says what stops it.
+        BudgetError: there is none, or none was found; the message says what stops it.
 
     """
-    losses = [np.concatenate([[0.0], np.cumsum(np.sort(unit))]) for unit in scores]
-    state = _State(model, limits, losses, np.zeros(len(widths), dtype=np.int64))
-    notes: list[str] = []
-    round_now, depthwise_now = round_to, depthwise_round_to
-    while not _descend(state, [w.removals(round_now, depthwise_now) for w in widths]):
-        if round_now == 1 and depthwise_now == 1:
-            if _trade(state, [w.removals(1, 1) for w in widths]):
-                break
-            raise _unreachable(state, widths)
-        round_now, depthwise_now = max(round_now // 2, 1), max(depthwise_now // 2, 1)
-    if round_now != round_to:
-        notes.append(
-            f"rounding of the last steps was relaxed from {round_to} to {round_now} channels "
-            f"(depthwise from {depthwise_round_to} to {depthwise_now}) to land within 1 %"
+    least = problem.least()
+    values = problem.value(least)
+    if (values <= problem.limits).all():
+        note = () if problem.lands(values) else ("the budget is met without removing more",)
+        return Solution(least, values, problem.total(least), note)
+    before, after = _descend(problem)
+    found = after if problem.lands(problem.value(after)) else land(problem, before, after)
+    if found is None:
+        raise BudgetError(_cannot_land(problem, before, after))
+    found = trade(problem, found)
+    return Solution(found, problem.value(found), problem.total(found), _notes(problem, found))
+
+
+def _descend(problem: Problem) -> tuple[Ints, Ints]:
+    """Return the last cut above a limit and the first that is not, rounding as long as it goes."""
+    removed = problem.least()
+    for rounding in range(len(problem.levels)):
+        removed, after = descend(problem, removed, rounding)
+        if after is not None:
+            return removed, after
+    raise BudgetError(_out_of_reach(problem, problem.value(removed)))
+
+
+def _notes(problem: Problem, removed: Ints) -> tuple[str, ...]:
+    notes = []
+    for number, count in enumerate(removed.tolist()):
+        allowed = [count in levels[number] for levels in problem.levels]
+        if not allowed[0]:
+            kept = problem.sizes[number] - count
+            label = problem.labels[allowed.index(True)] if any(allowed) else "the finest"
+            notes.append(
+                f"{problem.names[number]} keeps {kept} of {problem.sizes[number]} units, a width "
+                f"rounded to {label} instead of {problem.labels[0]}, to land on the budget"
+            )
+    return tuple(notes)
+
+
+def _out_of_reach(problem: Problem, values: Floats) -> str:
+    bare = problem.value(problem.sizes - 1)
+    share = values / problem.limits
+    worst = int(share.argmax())
+    quantity, limit = problem.costs.quantities[worst], float(problem.limits[worst])
+    text = (
+        f"the budget allows {readable(quantity, limit)}, but with every group as narrow as "
+        f"it may become {readable(quantity, float(values[worst]))} remain; "
+    )
+    if bare[worst] > limit:
+        return text + (
+            f"with one unit per group it would still be {readable(quantity, float(bare[worst]))}, "
+            "the rest being in layers that cannot shrink: ask for a larger budget, or see "
+            "'fxprune inspect' for what is frozen and why"
         )
-    return Solution(state.removed, tuple(notes))
+    tight = np.flatnonzero(problem.most() < problem.sizes - 1)
+    names = ", ".join(problem.names[number] for number in tight[:3])
+    return text + (
+        f"what stops it is the least width of {len(tight)} groups ({names}, ...): relax "
+        "min-units, max-ratio, protect, ratios or the rounding, or ask for a larger budget"
+    )
 
 
-def _descend(state: _State, removals: Sequence[Ints]) -> bool:
-    """Take the best steps that do not overshoot until the budget is met; whether it is."""
-    while not state.met:
-        best: tuple[float, int, int, Floats] | None = None
-        for group, allowed in enumerate(removals):
-            further = allowed[allowed > state.removed[group]]
-            if not further.size:
-                continue
-            ratio, used = state.step(group, int(further[0]))
-            if used.max() < 1 - TOLERANCE:
-                continue
-            if np.isfinite(ratio) and (best is None or ratio < best[0]):
-                best = (ratio, group, int(further[0]), used)
-        if best is None:
-            return False
-        state.take(*best[1:])
-    return True
-
-
-def _trade(state: _State, removals: Sequence[Ints]) -> bool:
-    """Take one step that overshoots and give back part of another; whether that lands."""
-    best: tuple[float, Ints, Floats] | None = None
-    for group, allowed in enumerate(removals):
-        further = allowed[allowed > state.removed[group]]
-        if not further.size:
-            continue
-        for other, back in enumerate(removals):
-            fewer = back[back < state.removed[other]]
-            for count in fewer[-3:] if other != group else ():
-                changed = state.removed.copy()
-                changed[group], changed[other] = further[0], count
-                used = state.usage(changed)
-                lost = sum(state.losses[g][c] for g, c in enumerate(changed))
-                if 1 - TOLERANCE <= used.max() <= 1 and (best is None or lost < best[0]):
-                    best = (lost, changed, used)
-    if best is None:
-        return _nearest(state, removals)
-    state.removed, state.used = best[1], best[2]
-    return True
-
-
-def _nearest(state: _State, removals: Sequence[Ints]) -> bool:
-    """Accept one per cent above the limit where single units are coarser than the tolerance."""
-    del removals
-    return bool(state.used.max() <= 1 + TOLERANCE)
-
-
-def _unreachable(state: _State, widths: Sequence[Width]) -> BudgetError:
-    floor = np.array([width.units - width.least for width in widths], dtype=np.int64)
-    least = state.usage(floor)
-    names = list(state.limits)
-    worst = int(least.argmax())
-    name, limit = names[worst], state.limits[names[worst]]
-    if least[worst] > 1:
-        dense = state.model.quantities(np.zeros_like(floor))[name]
-        return BudgetError(
-            f"the target of {limit:,.0f} {name} cannot be met: with every removable group at its "
-            f"minimum {least[worst] * limit:,.0f} of {dense:,.0f} are left; the rest is in frozen "
-            "or protected groups (fxprune inspect names them); lower min-units, raise max-ratio, "
-            "unprotect groups, or ask for less"
-        )
-    return BudgetError(
-        f"no combination of whole units lands within {TOLERANCE:.0%} of {limit:,.0f} {name}: the "
-        f"nearest found is {state.used[worst] * limit:,.0f}; single units are too large, so choose "
-        "a target near that"
+def _cannot_land(problem: Problem, before: Ints, after: Ints) -> str:
+    shares = problem.value(after) / problem.limits
+    binding = int(shares.argmax())
+    quantity, limit = problem.costs.quantities[binding], float(problem.limits[binding])
+    above = float(problem.value(before)[binding])
+    changed = problem.names[int(np.flatnonzero(before != after)[0])]
+    return (
+        f"no cut was found within {100 * problem.tolerance:.3g} % below "
+        f"{readable(quantity, limit)}: the nearest leave {readable(quantity, above)} and "
+        f"{readable(quantity, float(shares[binding] * limit))}, one width step of {changed} apart; "
+        f"ask for one of these, or allow a larger tolerance (tolerance={1 - shares[binding]:.2%})"
     )
