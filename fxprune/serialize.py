@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import FxpruneError, InputError
 from fxprune.plain import Decoder, Encoder, operator_name, resolve_operator
-from fxprune.program import Program, owner_of
+from fxprune.program import Program
 
 FORMAT = 1
 GRAPH, TENSORS = "fxprune/program.json", "fxprune/tensors.safetensors"
@@ -168,8 +168,8 @@ def _plain_value(value: Any) -> Any:
 
 def _rebuild(content: dict[str, Any], decoder: Decoder) -> Program:
     root = nn.Module()
-    for entry in content["tensors"]:
-        _attach(root, entry, decoder)
+    values = _decode_tensors(content["tensors"], decoder)
+    _attach(root, values)
     graph = fx.Graph()
     for entry in content["nodes"]:
         is_call = entry["op"] == "call_function"
@@ -187,8 +187,10 @@ def _rebuild(content: dict[str, Any], decoder: Decoder) -> Program:
         node.meta = {"nn_module_stack": stack, "stack_trace": entry["trace"]}
     if (signature := content["signature"]) is not None:
         graph.set_codegen(_PyTreeCodeGen(_signature(signature)))
+    module = fx.GraphModule(root, graph, "Program")
+    _attach(module, values)  # what the graph does not read itself, such as a tied weight's alias
     program = Program(
-        fx.GraphModule(root, graph, "Program"),
+        module,
         decoder.decode(content["inputs"]),
         tuple(frozenset(dims) for dims in content["dynamic"]),
         {name: decoder.decode(value) for name, value in content["facts"].items()},
@@ -205,21 +207,30 @@ def _signature(described: dict[str, Any]) -> _PyTreeInfo:
     return _PyTreeInfo(described["names"], specs["in"], specs["out"])  # type: ignore[arg-type]
 
 
-def _attach(root: nn.Module, entry: dict[str, Any], decoder: Decoder) -> None:
-    path, _, leaf = entry["name"].rpartition(".")
-    owner = root
-    for part in filter(None, path.split(".")):
-        if not hasattr(owner, part):
-            owner.add_module(part, nn.Module())
-        owner = getattr(owner, part)
-    if "same_as" in entry:
-        other, name = owner_of(root, entry["same_as"])
-        value = getattr(other, name)
-    else:
+def _decode_tensors(entries: list[dict[str, Any]], decoder: Decoder) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    for entry in entries:
+        if "same_as" in entry:
+            values[entry["name"]] = values[entry["same_as"]]
+            continue
         value = decoder.decode(entry["value"])
         if entry["parameter"]:
             value = nn.Parameter(value, requires_grad=entry["trainable"])
-    if isinstance(value, nn.Parameter):
-        owner.register_parameter(leaf, value)
-    else:
-        owner.register_buffer(leaf, value)
+        values[entry["name"]] = value
+    return values
+
+
+def _attach(root: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        path, _, leaf = name.rpartition(".")
+        owner = root
+        for part in filter(None, path.split(".")):
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        if hasattr(owner, leaf):
+            continue
+        if isinstance(value, nn.Parameter):
+            owner.register_parameter(leaf, value)
+        else:
+            owner.register_buffer(leaf, value)

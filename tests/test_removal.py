@@ -201,7 +201,7 @@ def test_layer_norm_is_said_to_mix() -> None:
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
         super().__init__()
         self.enter = nn.Linear(4, 6)
         self.cells = kind(6, 8, num_layers=2, batch_first=True, bidirectional=True)
@@ -213,7 +213,7 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_recurrent_units_go_with_their_gates_and_states(kind: type[nn.RNNBase]) -> None:
+def test_recurrent_units_go_with_their_gates_and_states(kind: type[nn.LSTM] | type[nn.GRU]) -> None:
     x = torch.randn(2, 5, 4, dtype=torch.float64)
     program = trace(Recurrent(kind).double(), x)
     groups = removable(program)

@@ -85,7 +85,8 @@ SAME = (
     "conj", "resolve_conj", "hardshrink", "softshrink", "tanhshrink", "threshold", "square",
 )  # fmt: skip
 POINTWISE = ("where", "masked_fill", "lerp", "addcmul", "addcdiv", "clamp", "rsub", "maximum",
-             "minimum", "true_divide", "floor_divide", "multiply", "divide", "subtract")  # fmt: skip
+             "minimum", "true_divide", "floor_divide", "multiply", "divide",
+             "subtract")  # fmt: skip
 UNIFORM = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty",
            "scalar_tensor")  # fmt: skip
 UNLABELLED = ("arange", "linspace", "eye", "rand", "randn", "randint", "tensor", "meshgrid",
