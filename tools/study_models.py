@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,55 @@ from fxprune.program import Program
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained network, its data, and how much of it the study can afford.
+
+    Attributes:
+        arch: the factory, and its argument.
+        argument: what the factory is called with.
+        weights: file with the state dict.
+        images: file with the images to calibrate on.
+        held_out: file with the images to measure on; None takes half of ``images``.
+        samples: calibration images.
+        units: units that are removed one at a time.
+        truth: images for that.
+        evaluated: images for the accuracy after removal.
+        probes: at most, for traces.
+        targets: shares of multiply-accumulates that remain.
+
+    """
+
+    arch: str
+    argument: int | None
+    weights: str
+    images: str
+    held_out: str | None
+    samples: int
+    units: int
+    truth: int
+    evaluated: int
+    probes: int
+    targets: tuple[str, ...]
+
+
+CIFAR = ("cifar10_train_10k.npz", "cifar10_test.npz")
+NETWORKS = {
+    "resnet20": Network(
+        "arch/models_cifar.py:resnet", 20, "resnet20_cifar10.pt", *CIFAR,
+        256, 200, 500, 2000, 300, ("70%", "50%"),
+    ),
+    "resnet56": Network(
+        "arch/models_cifar.py:resnet", 56, "resnet56_cifar10.pt", *CIFAR,
+        256, 150, 300, 1000, 300, ("70%", "50%"),
+    ),
+    "mobilenet_v2": Network(
+        "torchvision.models:mobilenet_v2", None, "mobilenet_v2_imagenet.pt",
+        "imagenet_sample1000_224.npz", None, 64, 60, 100, 500, 16, ("85%",),
+    ),
+}  # fmt: skip
 
 
 def load_data(path: Path, statistics: Statistics = IMAGENET) -> Arrays:
