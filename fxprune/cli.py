@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from fxprune import passes as registry
 from fxprune.compile import compile as compile_model
@@ -22,14 +21,14 @@ from fxprune.data import batches
 from fxprune.errors import FxpruneError, InputError
 from fxprune.inspect import inspect as inspect_program
 from fxprune.inspect import print_inspection
-from fxprune.latency import Latency, compare
+from fxprune.latency import compare
 from fxprune.listing import describe, print_passes
 from fxprune.output import check_writable
 from fxprune.pipeline_text import Recipe, parse, read_recipe
 from fxprune.program import Program
 from fxprune.progress import Tracker
 from fxprune.quiet import quiet
-from fxprune.report_table import print_report
+from fxprune.report_table import print_latencies, print_report
 from fxprune.request import Request, read_text
 from fxprune.trace import trace
 
@@ -194,16 +193,7 @@ def bench_command(
         if as_json:
             print(json.dumps({name: asdict(latency) for name, latency in found.items()}, indent=2))
         else:
-            _print_latencies(found)
-
-
-def _print_latencies(found: dict[str, Latency]) -> None:
-    table = Table("model", "median ms", "p10", "p90", "speed-up", "p10 to p90", box=None)
-    for name, one in found.items():
-        times = (f"{value:.3f}" for value in (one.median_ms, one.p10_ms, one.p90_ms))
-        spread = f"{one.speedup_p10:.2f} to {one.speedup_p90:.2f}"
-        table.add_row(name, *times, f"{one.speedup:.2f}x", spread)
-    Console().print(table)
+            print_latencies(found, Console())
 
 
 @app.command("passes")

@@ -89,12 +89,15 @@ class Emission:
         return after.speedup_p10, after.speedup, after.speedup_p90
 
 
-def emit(dense: Program, small: Program, path: Path, threads: int) -> Emission:
+def emit(
+    dense: Program, small: Program, path: Path, *, threads: int = 1, seconds: float = 2.0
+) -> Emission:
     """Export both programs, the small one to ``path``, and time them against each other."""
     with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
         other = Path(scratch) / "dense.onnx"
         checks = export_onnx(dense, other), export_onnx(small, path)
-        return Emission(*checks, compare({"before": other, "after": path}, threads=threads))
+        files = {"before": other, "after": path}
+        return Emission(*checks, compare(files, threads=threads, seconds=seconds))
 
 
 def measures(

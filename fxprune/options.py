@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
 from torch.nn import functional as F
 
 from fxprune import passes
@@ -42,6 +43,7 @@ class Options:
         device: where passes run the model.
         threads: of PyTorch and of ONNX Runtime; None leaves PyTorch's and measures latency on one.
         verify: check zero-then-remove on random units before the passes run.
+        latency_seconds: how long the two models are timed against each other.
         resume: go on after the last finished pass of a run that was killed.
         loss: what training and sensitivities are about.
         progress: how long work shows itself.
@@ -59,6 +61,7 @@ class Options:
     device: str = "cpu"
     threads: int | None = None
     verify: bool = True
+    latency_seconds: float = 2.0
     resume: bool = False
     loss: Loss = F.cross_entropy
     progress: Tracker = field(default_factory=Tracker)
@@ -70,6 +73,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise InputError(f"{name.replace('_', '-')} is {value}; it must be at least {low}")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"the device '{self.device}' cannot be used: {reason}") from error
 
     def told(self) -> dict[str, Any]:
         """Return what a recipe's ``[run]`` says: everything that is not a default."""

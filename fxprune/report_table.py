@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fxprune.latency import Latency
 from fxprune.report import RunReport
 
 Row = tuple[str, str, str, str]
@@ -22,7 +23,7 @@ def rows(report: RunReport) -> Iterator[Row]:
     yield _row("ONNX file, bytes", before.onnx_bytes, after.onnx_bytes, "{:,}")
     name, *figures, change = _row("latency, ms", before.latency_ms, after.latency_ms, "{:.3f}")
     if report.speedup is not None:
-        change = "{1:.2f}x faster ({0:.2f} to {2:.2f})".format(*report.speedup)
+        change = "{1:.2f}x as fast ({0:.2f} to {2:.2f})".format(*report.speedup)
     yield name, figures[0], figures[1], change
     yield _accuracy(before.accuracy, after.accuracy)
 
@@ -82,3 +83,13 @@ def _verdicts(report: RunReport) -> Iterator[RenderableType]:
 
 def _verdict(good: bool, text: str, yes: str, no: str) -> Text:
     return Text.assemble(text, ", ", (yes, "green") if good else (no, "bold red"))
+
+
+def print_latencies(found: Mapping[str, Latency], console: Console) -> None:
+    """Print models timed against each other; speed-ups are over the first."""
+    table = Table("model", "median ms", "p10", "p90", "speed-up", "p10 to p90", box=None)
+    for name, one in found.items():
+        times = (f"{value:.3f}" for value in (one.median_ms, one.p10_ms, one.p90_ms))
+        spread = f"{one.speedup_p10:.2f} to {one.speedup_p90:.2f}"
+        table.add_row(Text(name), *times, f"{one.speedup:.2f}x", spread)
+    console.print(table)

@@ -1,0 +1,136 @@
+"""A run between its beginnings and its files: passes, checks, figures, report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fxprune.budget import Target
+from fxprune.checkpoint import Checkpoint, Journal, fingerprint
+from fxprune.checks import check_removal, result_checks
+from fxprune.context import Context
+from fxprune.data import Data
+from fxprune.evaluate import Evaluation
+from fxprune.facts import PLAN
+from fxprune.groups import Group
+from fxprune.measure import Judge, emit, measures
+from fxprune.options import Options
+from fxprune.pipeline import Entry, Pipeline
+from fxprune.program import Program
+from fxprune.report import Check, GroupEntry, Measures, RunReport, TargetEntry, environment
+
+TOLERANCE = 0.01  # a target is met within one per cent
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run works on: the dense program, where it began, and what is asked of it."""
+
+    dense: Program
+    groups: tuple[Group, ...]
+    data: Data | None
+    pipeline: Pipeline
+    targets: tuple[Target, ...]
+    options: Options
+
+
+def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunReport]:
+    """Check, measure, run the passes, write ``model.onnx`` into a folder, measure again."""
+    options, dense, say = job.options, job.dense, job.options.progress.say
+    checks = {"zero_then_remove": Check.skipped("--no-verify was given")}
+    if options.verify:
+        say("checking that removal is exact (zero-then-remove)")
+        checks["zero_then_remove"] = check_removal(dense, job.groups, options.seed)
+    judge = Judge(
+        job.data, dense, options.batch_size, options.device, options.threads, options.progress
+    )
+    before = judge.program(dense, "evaluating the dense model")
+    small, journal = _optimise(job, kept)
+    after = judge.program(small, "evaluating the small model")
+    dense.to("cpu").eval(), small.to("cpu").eval()
+    say("exporting to ONNX and measuring latency")
+    emission = emit(
+        dense, small, aside / "model.onnx",
+        threads=options.threads or 1, seconds=options.latency_seconds,
+    )  # fmt: skip
+    in_file = judge.file(aside / "model.onnx", "evaluating the ONNX file")
+    checks |= result_checks(emission.small, before, after, in_file, options.max_drop)
+    latency = emission.latency
+    large = measures(dense, emission.dense, latency["before"], before)
+    little = measures(small, emission.small, latency["after"], in_file)
+    return small, RunReport(
+        large,
+        little,
+        tuple(_target(target, large, little) for target in job.targets),
+        tuple(journal.entries),
+        checks,
+        tuple(_group(group, journal) for group in job.groups),
+        environment(options.device, options.seed, options.threads or 1),
+        _notes(job, journal, before),
+        journal.curves,
+        emission.speedup,
+    )
+
+
+def _optimise(job: Job, kept: Checkpoint | None) -> tuple[Program, Journal]:
+    """Run the passes, from the checkpoint on if that is asked for."""
+    options = job.options
+    found = kept.load() if kept and options.resume else None
+    if found is None:
+        program, journal = job.dense.copy(), Journal()
+    else:
+        program, journal = found
+        options.progress.say(
+            f"resuming after pass {len(journal.entries)} of {len(job.pipeline.passes)}"
+        )
+    if kept and not options.resume:
+        kept.drop()
+    program.to(options.device)
+    plan = program.facts.get(PLAN.name)
+
+    def observe(program: Program, entry: Entry) -> None:
+        nonlocal plan
+        step = job.pipeline.passes[len(journal.entries)]
+        journal.add(step, entry, program, plan)
+        plan = program.facts.get(PLAN.name)
+        options.progress.say(f"{entry.spec}: {entry.seconds:.1f} s")
+        if kept:
+            kept.save(program, journal)
+
+    context = Context(
+        job.data, options.device, options.seed, options.loss, job.dense, options.progress
+    )
+    job.pipeline.run(program, context, (observe,), done=tuple(journal.entries))
+    return program, journal
+
+
+def fingerprint_of(job: Job) -> str:
+    """Return a hash of all that a checkpoint depends on."""
+    sizes = [f"{role}={len(samples)}" for role, samples in job.data.roles()] if job.data else []
+    options = (job.pipeline, job.options.seed, job.options.device, *sizes)
+    return fingerprint(job.dense, options)
+
+
+def _target(target: Target, before: Measures, after: Measures) -> TargetEntry:
+    dense, value = getattr(before, target.quantity), getattr(after, target.quantity)
+    limit = target.limit(dense)
+    return TargetEntry(str(target), limit, value, value <= (1 + TOLERANCE) * limit)
+
+
+def _group(group: Group, journal: Journal) -> GroupEntry:
+    return GroupEntry(
+        group.name,
+        tuple(map(str, group.slots)),
+        len(group.units),
+        journal.removed.get(group.name, 0),
+        journal.implanted.get(group.name, 0),
+        group.frozen_because,
+    )
+
+
+def _notes(job: Job, journal: Journal, before: Evaluation) -> tuple[str, ...]:
+    notes = list(job.data.notes) if job.data else []
+    notes += [before.note] if before.note else []
+    for entry in journal.entries:
+        notes += (entry.outcome.details or {}).get("notes", [])
+    return tuple(notes)
