@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -124,6 +125,13 @@ class Target:
             what = f"'{match['suffix']}' is no unit" if suffix else f"'{text}' needs a unit"
             raise InputError(f"{what} of {name}; write {_EXAMPLES[name]}")
         return cls(name, round(number * _SUFFIXES[name][suffix], 9), relative=False)
+
+    @classmethod
+    def exactly(cls, quantity: Quantity, value: float) -> Target:
+        """Make the target that a cost just meets."""
+        (name,) = (name for name, known in QUANTITIES.items() if known == quantity)
+        digits = 4 if quantity == "latency_ms" else 0
+        return cls(name, math.ceil(value * 10**digits) / 10**digits, relative=False)
 
     @classmethod
     def _fraction(cls, name: Name, fraction: float, text: str) -> Target:

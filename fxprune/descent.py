@@ -41,7 +41,7 @@ def approach(problem: Problem, removed: Ints, rounding: int) -> Ints | None:
             return removed
         steps = problem.steps(rounding, removed)
         share = (values + steps.values) / problem.limits
-        steps = steps.where((share >= 1 - problem.tolerance).any(axis=1))
+        steps = steps.where(np.asarray((share >= 1 - problem.tolerance).any(axis=1)))
         if not len(steps.groups):
             return None
         removed = steps.apply(removed, _cheapest(problem, values, steps))

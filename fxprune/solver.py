@@ -13,11 +13,11 @@ depart from that, and only for a few groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fxprune.budget import readable
+from fxprune.budget import Target, readable
 from fxprune.cuts import Problem
 from fxprune.descent import descend
 from fxprune.errors import BudgetError
@@ -47,6 +47,8 @@ class Solution:
 def solve(problem: Problem) -> Solution:
     """Find a cut within all limits that uses one of them up to within the tolerance.
 
+    Where units are too coarse for that, one that exceeds a limit by no more than the tolerance.
+
     Raises:
         BudgetError: there is none, or none was found; the message says what stops it.
 
@@ -59,9 +61,22 @@ def solve(problem: Problem) -> Solution:
     before, after = _descend(problem)
     found = after if problem.lands(problem.value(after)) else land(problem, before, after)
     if found is None:
-        raise BudgetError(_cannot_land(problem, before, after))
+        return _just_above(problem, before, after)
     found = trade(problem, found)
     return Solution(found, problem.value(found), problem.total(found), _notes(problem, found))
+
+
+def _just_above(problem: Problem, before: Ints, after: Ints) -> Solution:
+    """Land within the tolerance above the limit, where units are too coarse to land below."""
+    above = problem.limits * (1 + problem.tolerance)
+    wider = replace(problem, limits=above, tolerance=1 - 1 / (1 + problem.tolerance))
+    found = before if wider.lands(problem.value(before)) else land(wider, before, after)
+    if found is None:
+        raise BudgetError(_cannot_land(problem, before, after))
+    values = problem.value(found)
+    over = 100 * float((values / problem.limits).max() - 1)
+    note = f"the budget is exceeded by {over:.2g} %, since no cut lands as close below it"
+    return Solution(found, values, problem.total(found), (*_notes(problem, found), note))
 
 
 def _descend(problem: Problem) -> tuple[Ints, Ints]:
@@ -115,11 +130,11 @@ def _cannot_land(problem: Problem, before: Ints, after: Ints) -> str:
     shares = problem.value(after) / problem.limits
     binding = int(shares.argmax())
     quantity, limit = problem.costs.quantities[binding], float(problem.limits[binding])
-    above = float(problem.value(before)[binding])
+    above, below = float(problem.value(before)[binding]), float(shares[binding] * limit)
     changed = problem.names[int(np.flatnonzero(before != after)[0])]
     return (
-        f"no cut was found within {100 * problem.tolerance:.3g} % below "
-        f"{readable(quantity, limit)}: the nearest leave {readable(quantity, above)} and "
-        f"{readable(quantity, float(shares[binding] * limit))}, one width step of {changed} apart; "
-        f"ask for one of these, or allow a larger tolerance (tolerance={1 - shares[binding]:.2%})"
+        f"no cut was found within {100 * problem.tolerance:.3g} % of {readable(quantity, limit)}: "
+        f"the nearest leave {readable(quantity, above)} and {readable(quantity, below)}, one width "
+        f"of {changed} apart; ask for {Target.exactly(quantity, below)}, or allow "
+        f"tolerance={1 - shares[binding]:.1%}"
     )

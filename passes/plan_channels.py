@@ -1,4 +1,4 @@
-"""Decide which units go, so that a budget is met at the least sensitivity.
+"""Decide which units go, so that a budget is met at the least sensitivity per cost saved.
 
 Before:
     fact sensitivity: by group, one score per unit
@@ -6,56 +6,64 @@ Before:
 After:
     fact plan: by group, the units to remove
 
-Units of a group go in order of their score. Groups compete by sensitivity per cost saved, in steps
-of the rounding; the end lands within 1 % of the budget, if need be at finer rounding, which the
-plan then says.
+Units of a group go in order of their scores; how many of each group is solved for over all groups
+at once, with costs that are exact after every step. What remains is a multiple of 16 where 32 or
+more channels remain, of 8 where 16 remain, else of 4. The binding budget is used up to within 1 %;
+where no such widths do that, as few groups as possible are rounded less, and the plan says so.
+Refuses budgets that cannot be met, saying what stops them, and patterns that match nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import ClassVar, Literal
+from typing import ClassVar, get_args
 
 import numpy as np
 
-from fxprune.budget import Target
+from fxprune.budget import Budget, Name, Target
 from fxprune.context import Context
-from fxprune.cost import Quantity, cost, cost_model
+from fxprune.cost import cost, cost_model
+from fxprune.cuts import Problem
 from fxprune.errors import InputError
 from fxprune.facts import PLAN, SENSITIVITY, Plan, Sensitivity
 from fxprune.groups import Group, find_groups
+from fxprune.ledger import Costs, Ledger
+from fxprune.merging import Ints
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
 from fxprune.program import Program
-from fxprune.solver import Floats, solve
-from fxprune.widths import widths
-
-Normalize = Literal["none", "group-mean", "group-max"]
+from fxprune.ranking import Normalize, cheapest_first, losses
+from fxprune.selection import selected, selected_by_any
+from fxprune.solver import solve
+from fxprune.widths import Rounding, Widths, widths
 
 
 @dataclass(frozen=True)
 class PlanChannels(Pass):
-    """Choose units to remove within a budget.
+    """Choose units to remove within a budget; several budgets are all met.
 
     Attributes:
-        macs: what may remain of the dense model's multiply-accumulates: 50%, 2.0x, or a number.
+        macs: what may remain of the dense model's multiply-accumulates: 50%, 2.0x, or 300M.
         params: the same for parameters.
-        size: the same for weight bytes; also 1MB.
+        size: the same for weight bytes: 50%, 2x or 1MB.
         round_to: channels are a multiple of this where twice as many remain, of half of it where
             as many remain, else of a quarter.
-        depthwise_round_to: the same where a depthwise convolution runs, never below 4.
+        depthwise_round_to: the same where a depthwise convolution runs; a multiple of 4, as are
+            all widths there.
         min_units: units that stay in every group.
         max_ratio: the largest share of units that a group may lose.
-        protect: name globs of groups that stay whole; they match the group's name or any slot's.
-        ratios: by name glob, a largest share of its own.
+        protect: name patterns of tensors, modules or groups that keep their shapes.
+        ratios: by name pattern, the share of its units that a group loses, whatever the scores.
         normalize: divide the scores of each group by their mean or maximum first.
+        tolerance: the share of its limit that the binding budget may stay below it.
+        path: how far to go from the dense model to the budget, geometrically; below one in the
+            early steps of a schedule.
 
     """
 
-    macs: str | float | None = None
-    params: str | float | None = None
-    size: str | float | None = None
+    macs: float | str | None = None
+    params: float | str | None = None
+    size: float | str | None = None
     round_to: int = 16
     depthwise_round_to: int = 8
     min_units: int = 1
@@ -63,76 +71,106 @@ class PlanChannels(Pass):
     protect: tuple[str, ...] = ()
     ratios: Mapping[str, float] = field(default_factory=dict)
     normalize: Normalize = "none"
+    tolerance: float = 0.01
+    path: float = 1.0
 
     name: ClassVar[str] = "plan-channels"
     acts: ClassVar[bool] = False
     needs: ClassVar[Facts] = frozenset({SENSITIVITY})
     gives: ClassVar[Facts] = frozenset({PLAN})
 
+    def __post_init__(self) -> None:
+        Rounding(self.round_to, self.depthwise_round_to)
+        _ = self.targets
+        shares = {"max-ratio": self.max_ratio, "tolerance": self.tolerance, "path": self.path}
+        for name, share in {**self.ratios, **shares}.items():
+            if not 0 <= share <= 1:
+                raise InputError(f"{name} is {share}; it must lie between 0 and 1")
+
     @property
     def targets(self) -> tuple[Target, ...]:
         """The budget, as targets."""
-        given = {"macs": self.macs, "params": self.params, "size": self.size}
-        return tuple(
-            Target.parse(f"{name}={value}") for name, value in given.items() if value is not None
-        )
+        given = {name: getattr(self, name, None) for name in get_args(Name)}
+        targets = (Target.of(name, value) for name, value in given.items() if value is not None)
+        return Budget(tuple(targets)).targets
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Solve for the budget and record the plan."""
         if not self.targets:
-            raise InputError("plan-channels has no budget; give it macs=, params= or size=")
+            raise InputError("plan-channels has no budget; give it macs=50%, params= or size=")
         sensitivity = program.get(SENSITIVITY)
-        groups, ratios, skips = self._candidates(find_groups(program), sensitivity)
-        dense = context.dense or program
-        names: dict[str, Quantity] = {"macs": "macs", "params": "params", "size": "weight_bytes"}
-        limits = {names[t.quantity]: t.absolute(cost(dense)) for t in self.targets}
-        model = cost_model(program, groups)
-        scores = [self._scores(sensitivity, group) for group in groups]
-        width = widths(program, groups, self.min_units, ratios)
-        found = solve(model, scores, width, limits, self.round_to, self.depthwise_round_to)
+        groups, skips = self._candidates(find_groups(program), sensitivity)
+        orders = {group.name: cheapest_first(sensitivity, group) for group in groups}
+        costs = Ledger.of(cost_model(program, groups), [t.quantity for t in self.targets])
+        problem = self._problem(program, context, groups, sensitivity, costs)
+        found = solve(problem)
         remove = {
-            group.name: tuple(sorted(np.argsort(score, kind="stable")[:count].tolist()))
-            for group, score, count in zip(groups, scores, found.removed, strict=True)
+            group.name: tuple(sorted(orders[group.name][:count].tolist()))
+            for group, count in zip(groups, found.removed.tolist(), strict=True)
             if count
         }
-        predicted = {str(name): value for name, value in model.quantities(found.removed).items()}
+        predicted = dict(zip(map(str, costs.quantities), found.values.tolist(), strict=True))
         program.put(PLAN, Plan(remove, notes=found.notes, predicted=predicted))
-        details = {"notes": list(found.notes), "predicted": predicted}
+        details = {
+            "notes": list(found.notes),
+            "predicted": predicted,
+            "limits": dict(zip(predicted, problem.limits.tolist(), strict=True)),
+            "units": int(found.removed.sum()),
+            "sensitivity_spent": found.loss,
+        }
         return Outcome(0, skips, details)
 
     def _candidates(
         self, groups: tuple[Group, ...], sensitivity: Sensitivity
-    ) -> tuple[list[Group], list[float], tuple[Skip, ...]]:
-        chosen, ratios, skips = [], [], []
+    ) -> tuple[list[Group], tuple[Skip, ...]]:
+        protected = selected_by_any(self.protect, groups)
+        chosen, skips = [], []
         for group in groups:
-            ratio = self._ratio(group)
             if group.frozen_because is not None:
                 skips.append(Skip(group.name, group.frozen_because))
-            elif ratio <= 0:
+            elif group.name in protected:
                 skips.append(Skip(group.name, "protected by the user"))
             elif group.name not in sensitivity.scores:
                 skips.append(Skip(group.name, f"no {sensitivity.criterion} score"))
             elif len(group.units) > 1:
                 chosen.append(group)
-                ratios.append(ratio)
-        return chosen, ratios, tuple(skips)
+        return chosen, tuple(skips)
 
-    def _ratio(self, group: Group) -> float:
-        names = [group.name, *(slot.tensor for slot in group.slots)]
-        if any(fnmatchcase(name, glob) for glob in self.protect for name in names):
-            return 0.0
-        own = [
-            ratio
-            for glob, ratio in self.ratios.items()
-            if any(fnmatchcase(name, glob) for name in names)
+    def _problem(
+        self, program: Program, context: Context, groups: list[Group],
+        sensitivity: Sensitivity, costs: Costs,
+    ) -> Problem:  # fmt: skip
+        dense = cost(context.dense or program)
+        limits = [
+            whole * (target.limit(whole) / whole) ** self.path
+            for target in self.targets
+            for whole in [float(getattr(dense, target.quantity))]
         ]
-        return min(own, default=self.max_ratio)
+        roundings = [Rounding(self.round_to, self.depthwise_round_to)]
+        while (finer := roundings[-1].finer()) is not None:
+            roundings.append(finer)
+        fixed = self._fixed(groups)
+        found = widths(program, groups)
+        levels = [
+            tuple(
+                self._levels(width, rounding, fixed.get(group.name))
+                for group, width in zip(groups, found, strict=True)
+            )
+            for rounding in roundings
+        ]
+        spent = tuple(losses(sensitivity, group, self.normalize) for group in groups)
+        return Problem(
+            tuple(group.name for group in groups), costs, np.array(limits), spent, tuple(levels),
+            tuple(str(rounding.dense) for rounding in roundings), self.tolerance,
+        )  # fmt: skip
 
-    def _scores(self, sensitivity: Sensitivity, group: Group) -> Floats:
-        scores: Floats = sensitivity.scores[group.name].double().cpu().numpy()
-        match self.normalize:
-            case "group-mean":
-                return scores / max(float(np.abs(scores).mean()), 1e-300)
-            case "group-max":
-                return scores / max(float(np.abs(scores).max()), 1e-300)
-        return scores
+    def _fixed(self, groups: list[Group]) -> dict[str, float]:
+        pairs = [(selected(pattern, groups), ratio) for pattern, ratio in self.ratios.items()]
+        return {name: ratio for names, ratio in reversed(pairs) for name in names}
+
+    def _levels(self, width: Widths, rounding: Rounding, ratio: float | None) -> Ints:
+        if ratio is not None:
+            allowed = width.losses(rounding)
+            return allowed[[int(np.abs(allowed - ratio * width.units).argmin())]]
+        least = max(self.min_units, width.units - int(self.max_ratio * width.units + 1e-9))
+        return width.losses(rounding, least)
