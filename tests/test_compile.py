@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.checkpoint import FOLDER
+from fxprune.compile import Result
+from fxprune.errors import InputError
+from fxprune.export import initialiser_elements
+from fxprune.options import Options, make_options, resolve
+from fxprune.passes import FoldBatchNorm, PlanChannels, RecalibrateNorms
+from fxprune.pipeline import Outcome
+from fxprune.progress import Tracker
+
+FILES = ["model.onnx", "model.pt2", "recipe.toml", "report.html", "report.json"]
+PASSES = (
+    "annotate-sensitivity{criterion=magnitude-l2},plan-channels{macs=50%},remove-channels,"
+    "recalibrate-norms{samples=32},fold-batchnorm"
+)
+
+
+class Net(nn.Module):
+    """Two stages with a residual, batch norms and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn0 = nn.BatchNorm2d(16)
+        self.conv1 = nn.Conv2d(16, 32, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.conv2 = nn.Conv2d(32, 16, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn0(self.stem(x)))
+        x = torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+        return self.head(x.mean((2, 3)))
+
+
+def net() -> Net:
+    torch.manual_seed(1)
+    return Net().eval()
+
+
+def data() -> dict[str, Any]:
+    random = torch.Generator().manual_seed(2)
+    x = torch.randn(96, 3, 8, 8, generator=random)
+    y = torch.randint(4, (96,), generator=random)
+    return {"train": (x[:64], y[:64]), "eval": (x[64:], y[64:])}
+
+
+def compiled(out: Path | None, **options: Any) -> Result:
+    given: dict[str, Any] = {"pipeline": PASSES, "data": data(), "latency_seconds": 0.05}
+    given |= {"progress": Tracker(False), "out": out, **options}
+    return fxprune.compile(net(), **given)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    out = tmp_path_factory.mktemp("run") / "out"
+    return compiled(out), out
+
+
+def test_the_result_is_smaller_in_its_shapes(run: tuple[Result, Path]) -> None:
+    result, out = run
+    report = json.loads((out / "report.json").read_text())
+    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert list(result.files) == FILES
+    assert report["after"]["macs"] <= 0.505 * report["before"]["macs"]
+    assert report["target"] == "macs=50%"
+    assert report["target_met"] is True
+    assert initialiser_elements(out / "model.onnx") < report["before"]["params"]
+    assert report["after"]["onnx_bytes"] == (out / "model.onnx").stat().st_size
+    for figures in (report["before"], report["after"]):
+        assert all(value is not None for value in figures.values())
+    assert all(check["ran"] and check["passed"] for check in report["checks"].values())
+    assert sum(group["removed"] for group in report["groups"]) == report["passes"][2]["changes"]
+    assert report["sensitivity"].keys() <= {group["name"] for group in report["groups"]}
+
+
+def test_the_saved_program_is_the_result(run: tuple[Result, Path]) -> None:
+    result, out = run
+    x = torch.randn(5, 3, 8, 8)
+    assert torch.equal(fxprune.load(out / "model.pt2")(x), result.program(x))
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = net().train()
+    state = copy.deepcopy(model.state_dict())
+    fxprune.compile(model, data=data(), pipeline="recalibrate-norms", latency_seconds=0.01)
+    assert model.training
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_the_same_run_gives_the_same_bytes(run: tuple[Result, Path], tmp_path: Path) -> None:
+    torch.manual_seed(77)
+    compiled(tmp_path)
+    for name in ("model.onnx", "model.pt2", "recipe.toml"):
+        assert (tmp_path / name).read_bytes() == (run[1] / name).read_bytes(), name
+
+
+def test_a_killed_run_resumes(
+    run: tuple[Result, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> Outcome:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecalibrateNorms, "run", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compiled(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
+    with monkeypatch.context() as patch:
+        patch.setattr(PlanChannels, "run", interrupt)  # is behind it already
+        result = compiled(tmp_path, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    assert (tmp_path / "model.onnx").read_bytes() == (run[1] / "model.onnx").read_bytes()
+    assert [group.removed for group in result.report.groups] == [
+        group.removed for group in run[0].report.groups
+    ]
+
+
+def test_another_runs_checkpoint_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Outcome:
+        raise InputError("enough")
+
+    monkeypatch.setattr(FoldBatchNorm, "run", fail)
+    with pytest.raises(InputError, match="enough"):
+        compiled(tmp_path)
+    with pytest.raises(InputError, match=r"of another run.*without --resume"):
+        compiled(tmp_path, resume=True, seed=1)
+    state = tmp_path / FOLDER / "state.json"
+    state.write_text(state.read_text()[:-20])
+    with pytest.raises(InputError, match="is damaged"):
+        compiled(tmp_path, resume=True)
+
+
+def test_a_failed_run_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="label 9"):
+        compiled(tmp_path / "out", data=(torch.randn(8, 3, 8, 8), torch.full((8,), 9)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_that_is_not_met_is_not_ok() -> None:
+    result = compiled(None, pipeline="fold-batchnorm", target="macs=50%", verify=False)
+    assert result.report.target_met is False
+    assert not result.report.ok
+    assert result.files == {}
+    assert result.report.checks["zero_then_remove"].ran is False
+
+
+def test_a_drop_beyond_the_limit_is_not_ok() -> None:
+    report = compiled(None, data={"calibration": data()["train"][0]}, max_drop=1e-9).report
+    check = report.checks["max_drop"]
+    assert check.ran
+    assert check.value is not None
+    assert check.passed == (check.value <= 1e-9)
+    assert "no labels: accuracy is agreement with the dense model" in report.notes
+    assert report.before.accuracy == 1.0
+
+
+def test_without_data_accuracy_is_unknown() -> None:
+    steps = "annotate-sensitivity{criterion=magnitude-l2},plan-channels{macs=50%},remove-channels"
+    inputs = (torch.randn(1, 3, 8, 8),)
+    report = compiled(None, data=None, example_inputs=inputs, pipeline=steps).report
+    assert report.after.accuracy is None
+    assert report.checks["onnx_accuracy"].ran is False
+    assert report.target_met
+
+
+def test_there_must_be_something_to_trace_with() -> None:
+    with pytest.raises(InputError, match="neither data nor example inputs"):
+        compiled(None, data=None)
+
+
+def test_targets_go_into_the_last_plan() -> None:
+    pipeline, targets = resolve(make_options("params=25%,macs=2x", PASSES))
+    assert list(map(str, targets)) == ["params=25%", "macs=50%"]
+    planner = pipeline.passes[1]
+    assert isinstance(planner, PlanChannels)
+    assert (planner.macs, planner.params) == ("50%", "25%")
+
+
+def test_without_targets_those_of_the_plan_count() -> None:
+    assert list(map(str, resolve(make_options(None, PASSES))[1])) == ["macs=50%"]
+    assert list(map(str, resolve(Options())[1])) == ["macs=50%"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"target": "macs=50%,macs=30%"}, "limits macs twice"),
+        ({"pipeline": PASSES, "epochs": 3}, r"write finetune\{epochs=...\}"),
+        ({"epochs": -1}, "epochs is -1; it must be at least 0"),
+        ({"colour": 1}, "compile has no option 'colour'"),
+        ({"device": "tuba"}, "the device 'tuba' cannot be used"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        resolve(make_options(**options))
