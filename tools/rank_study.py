@@ -129,7 +129,7 @@ class Study:
         PlanChannels(macs=target, round_to=4)(program, context)
         RemoveChannels()(program, context)
         cut = self.correct(program)
-        RecalibrateNorms(samples=1024)(program, context)
+        RecalibrateNorms(samples=512)(program, context)
         left = cost(program).macs / cost(self.program).macs
         return {"cut": cut, "recalibrated": self.correct(program), "macs": left}
 

@@ -60,15 +60,15 @@ CIFAR = ("cifar10_train_10k.npz", "cifar10_test.npz")
 NETWORKS = {
     "resnet20": Network(
         "arch/models_cifar.py:resnet", 20, "resnet20_cifar10.pt", *CIFAR,
-        256, 200, 500, 2000, 300, ("70%", "50%"),
+        256, 150, 300, 1000, 300, ("70%", "50%"),
     ),
     "resnet56": Network(
         "arch/models_cifar.py:resnet", 56, "resnet56_cifar10.pt", *CIFAR,
-        256, 150, 300, 1000, 300, ("70%", "50%"),
+        128, 100, 200, 500, 300, ("50%",),
     ),
     "mobilenet_v2": Network(
         "torchvision.models:mobilenet_v2", None, "mobilenet_v2_imagenet.pt",
-        "imagenet_sample1000_224.npz", None, 64, 60, 100, 500, 16, ("85%",),
+        "imagenet_sample1000_224.npz", None, 32, 40, 100, 250, 16, ("85%",),
     ),
 }  # fmt: skip
 
