@@ -101,11 +101,18 @@ class Checkpoint:
     Attributes:
         folder: the output folder of the run.
         fingerprint: of the model and the options; what another run left does not count.
+        specs: the passes of the run; those that are finished must be the first of them.
 
     """
 
     folder: Path
     fingerprint: str
+    specs: tuple[str, ...]
+
+    @property
+    def state(self) -> Path:
+        """The file that says what is kept."""
+        return self.folder / FOLDER / "state.json"
 
     def save(self, program: Program, journal: Journal) -> None:
         """Replace what is kept; a kill at any moment leaves the old or the new."""
@@ -114,7 +121,7 @@ class Checkpoint:
         name = f"{len(journal.entries):03d}.fxprune"
         serialize.save(program, place / name)
         content = {"fingerprint": self.fingerprint, "program": name, "journal": journal.to_json()}
-        write_text(place / "state.json", json.dumps(content, default=str))
+        write_text(self.state, json.dumps(content, default=str))
         for old in place.glob("*.fxprune"):
             if old.name != name:
                 old.unlink()
@@ -126,22 +133,22 @@ class Checkpoint:
             InputError: it belongs to another run, or is damaged.
 
         """
-        state = self.folder / FOLDER / "state.json"
-        if not state.exists():
+        if not self.state.exists():
             return None
         advice = "run without --resume to start afresh"
         try:
-            content = json.loads(state.read_text(encoding="utf-8"))
-            stale = content["fingerprint"] != self.fingerprint
+            content = json.loads(self.state.read_text(encoding="utf-8"))
             journal = Journal.from_json(content["journal"])
+            finished = tuple(entry.spec for entry in journal.entries)
+            same = content["fingerprint"] == self.fingerprint
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"the checkpoint in {self.folder} is damaged; {advice}") from error
-        if stale:
+        if not same or finished != self.specs[: len(finished)]:
+            what = "the passes before it" if same else "the model, the data or the options"
             raise InputError(
-                f"the checkpoint in {self.folder} is of another run: the model, the data or the "
-                f"options have changed; {advice}"
+                f"the checkpoint in {self.folder} is of another run: {what} have changed; {advice}"
             )
-        return serialize.load(state.parent / content["program"]), journal
+        return serialize.load(self.state.parent / content["program"]), journal
 
     def drop(self) -> None:
         """Remove what is kept."""

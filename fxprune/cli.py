@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +13,8 @@ from rich.console import Console
 from fxprune import passes as registry
 from fxprune.compile import compile as compile_model
 from fxprune.data import batches
-from fxprune.errors import FxpruneError, InputError
+from fxprune.errors import InputError
+from fxprune.exits import exits
 from fxprune.inspect import inspect as inspect_program
 from fxprune.inspect import print_inspection
 from fxprune.latency import compare
@@ -27,7 +23,6 @@ from fxprune.output import check_writable
 from fxprune.pipeline_text import Recipe, parse, read_recipe
 from fxprune.program import Program
 from fxprune.progress import Tracker
-from fxprune.quiet import quiet
 from fxprune.report_table import print_latencies, print_report
 from fxprune.request import Request, read_text
 from fxprune.trace import trace
@@ -97,7 +92,7 @@ def compile_command(
     given = {**locals()}
     for name in ("out", "recipe", "passes", "resume", "debug", "quiet_run"):
         del given[name]
-    with _errors(debug):
+    with exits(debug):
         check_writable(out)
         known = registry.known()
         wanted = Recipe()
@@ -152,7 +147,7 @@ def inspect_command(
     debug: Debug = False,
 ) -> None:
     """List what can be removed, what it is worth, and what is frozen and why."""
-    with _errors(debug):
+    with exits(debug):
         request = Request(
             model, arch, tuple(arch_option or ()), data, tuple(data_option or ()), input_shape,
             image_size, trust_pickle=trust_pickle,
@@ -186,7 +181,7 @@ def bench_command(
     debug: Debug = False,
 ) -> None:
     """Time ONNX files against each other in ONNX Runtime, in turns on random inputs."""
-    with _errors(debug):
+    with exits(debug):
         found = compare(
             {str(path): path for path in models}, batch=batch, threads=threads, seconds=seconds
         )
@@ -203,7 +198,7 @@ def passes_command(
     debug: Debug = False,
 ) -> None:
     """List every pass, its options with their defaults, and the facts it needs and gives."""
-    with _errors(debug):
+    with exits(debug):
         known = registry.known()
         if unknown := sorted(set(names or ()) - set(known)):
             raise InputError(f"there is no pass '{unknown[0]}'; there are {', '.join(known)}")
@@ -212,38 +207,6 @@ def passes_command(
             print(json.dumps([describe(step) for step in steps], indent=2))
         else:
             print_passes(steps, Console())
-
-
-@contextmanager
-def _errors(debug: bool) -> Iterator[None]:
-    """Turn errors into one paragraph and an exit code, and be silent about known noise."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-    try:
-        with quiet(not debug):
-            yield
-    except (typer.Exit, SystemExit):
-        raise
-    except KeyboardInterrupt:
-        print("fxprune: interrupted; nothing was written", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        raise typer.Exit(_tell(error)) from None
-
-
-def _tell(error: Exception) -> int:
-    notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-    if isinstance(error, FxpruneError):
-        print(f"fxprune: {error}{notes}", file=sys.stderr)
-        return error.exit_code
-    first = next(iter(str(error).strip().splitlines()), "")
-    print(
-        f"fxprune: unexpected {type(error).__name__}: {first}{notes}\n"
-        "run again with --debug for the traceback, and please report it",
-        file=sys.stderr,
-    )
-    return 1
 
 
 def main() -> None:

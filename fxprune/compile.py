@@ -76,8 +76,9 @@ def compile(
                 check_data(samples, program)
                 samples = _limited(samples, asked)
             job = Job(program, find_groups(program), samples, pipeline, targets, asked)
-            kept = Checkpoint(folder, fingerprint_of(job))
-            small, report = run(job, kept if out else None, aside)
+            kept = Checkpoint(folder, fingerprint_of(job), tuple(map(str, pipeline)))
+            with _told(kept):
+                small, report = run(job, kept if out else None, aside)
             report = replace(report, seconds=time.perf_counter() - start)
             serialize.save(small, aside / "model.pt2")
             (aside / "recipe.toml").write_text(_recipe(job), encoding="utf-8")
@@ -122,6 +123,17 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
         yield Path(scratch)
+
+
+@contextmanager
+def _told(kept: Checkpoint) -> Iterator[None]:
+    """Add to any failure that finished passes are kept."""
+    try:
+        yield
+    except BaseException as error:
+        if kept.state.exists():
+            error.add_note("finished passes are kept; run again with --resume to go on from there")
+        raise
 
 
 @contextmanager

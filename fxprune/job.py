@@ -105,9 +105,9 @@ def _optimise(job: Job, kept: Checkpoint | None) -> tuple[Program, Journal]:
 
 
 def fingerprint_of(job: Job) -> str:
-    """Return a hash of all that a checkpoint depends on."""
+    """Return a hash of all that a checkpoint depends on, the passes aside."""
     sizes = [f"{role}={len(samples)}" for role, samples in job.data.roles()] if job.data else []
-    options = (job.pipeline, job.options.seed, job.options.device, *sizes)
+    options = (job.options.seed, job.options.device, job.options.batch_size, *sizes)
     return fingerprint(job.dense, options)
 
 

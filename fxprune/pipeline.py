@@ -188,7 +188,7 @@ class Pipeline:
             before, start = cost(program), time.perf_counter()
             try:
                 outcome = step(program, context)
-            except Exception as error:
+            except BaseException as error:
                 finished = ", ".join(entry.spec for entry in entries) or "nothing"
                 error.add_note(f"in {step}, after {finished}")
                 raise

@@ -42,7 +42,8 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.bn0(self.stem(x)))
         x = torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
-        return self.head(x.mean((2, 3)))
+        y: Tensor = self.head(x.mean((2, 3)))
+        return y
 
 
 def net() -> Net:
@@ -139,6 +140,8 @@ def test_another_runs_checkpoint_is_refused(
         compiled(tmp_path)
     with pytest.raises(InputError, match=r"of another run.*without --resume"):
         compiled(tmp_path, resume=True, seed=1)
+    with pytest.raises(InputError, match="the passes before it have changed"):
+        compiled(tmp_path, resume=True, pipeline="recalibrate-norms")
     state = tmp_path / FOLDER / "state.json"
     state.write_text(state.read_text()[:-20])
     with pytest.raises(InputError, match="is damaged"):
