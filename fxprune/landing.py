@@ -13,33 +13,46 @@ from fxprune.merging import Ints
 PATIENCE = 1.1  # a landing may cost this much more sensitivity than the overshoot did
 PAIRED = 1000  # about how many changes of one group are paired with each other
 CHECKED = 1024  # how many of these pairs are computed exactly, in batches
-BATCH = 128
+BATCH = 256
 TRIED = 64  # how many changes of one group are followed by a landing of another
 MARGIN = 0.02  # how far off the sum of two changes may be from their joint effect
-ENUMERATED = 50_000  # how many cuts are tried one by one where nothing else landed
+ENUMERATED = 4096  # how many cuts are tried one by one before anything else
 TRADES = 100
 
 
 def land(problem: Problem, before: Ints, after: Ints) -> Ints | None:
     """Find the cheapest cut that lands, near the two between which the limit lies.
 
-    Rounded widths come first, one group before two; then finer ones. A landing that costs far
-    more sensitivity than ``after``, which saves more, is taken only if there is no other.
+    Rounded widths come first, then finer ones. A landing that costs far more sensitivity than
+    ``after``, which saves as much or more, is taken only if there is no other. Where there are few
+    cuts, the best of all is found.
     """
-    filled = refill(problem, after)
-    if problem.lands(problem.value(filled)):
-        return filled
-    starts = (filled, after, before)
+    if (best := enumerate_cuts(problem, 0)) is not None:
+        return best
     spent = problem.total(after)
-    for ceiling in (spent + (PATIENCE - 1) * abs(spent), math.inf):
-        for rounding in range(len(problem.levels)):
-            for search in (one_change, two_changes, change_and_land):
-                landed = [search(problem, start, rounding, ceiling) for start in starts]
-                if found := [cut for cut in landed if cut is not None]:
-                    return min(found, key=problem.total)
-        if (cut := _finely(problem, before)) is not None:
-            return cut
-    return enumerate_cuts(problem)
+    ceiling = spent + (PATIENCE - 1) * abs(spent)
+    found = _near(problem, before, after, ceiling)
+    if found is None:
+        found = _finely(problem, before)
+    if found is None:
+        found = _near(problem, before, after, math.inf)
+    if found is None:
+        return enumerate_cuts(problem, len(problem.levels) - 1)
+    return found
+
+
+def _near(problem: Problem, before: Ints, after: Ints, ceiling: float) -> Ints | None:
+    """Find a landing below a ceiling of sensitivity, with as few finer widths as possible."""
+    starts = [refill(problem, after), after, before]
+    ends = [*starts[:2], approach(problem, before, 0)]
+    landed = [cut for cut in ends if cut is not None and problem.lands(problem.value(cut))]
+    for rounding in range(len(problem.levels)):
+        for search in (one_change, two_changes, change_and_land):
+            if landed := [cut for cut in landed if problem.total(cut) <= ceiling]:
+                return min((trade(problem, cut) for cut in landed), key=problem.total)
+            tried = [search(problem, start, rounding, ceiling) for start in starts]
+            landed = [cut for cut in tried if cut is not None]
+    return min(landed, key=problem.total, default=None)
 
 
 def _finely(problem: Problem, before: Ints) -> Ints | None:
@@ -51,17 +64,17 @@ def _finely(problem: Problem, before: Ints) -> Ints | None:
 
 
 def one_change(problem: Problem, removed: Ints, rounding: int, ceiling: float) -> Ints | None:
-    """Return the cheapest landing that differs in one group, if it costs less than the ceiling."""
+    """Return the cheapest landing, up to a ceiling, that differs in one group."""
     found = problem.widths(rounding, removed)
     lands = problem.lands(problem.value(removed) + found.values)
-    lands &= found.losses < ceiling - problem.total(removed)
+    lands &= found.losses <= ceiling - problem.total(removed)
     if not lands.any():
         return None
     return found.apply(removed, int(np.where(lands, found.losses, np.inf).argmin()))
 
 
 def two_changes(problem: Problem, removed: Ints, rounding: int, ceiling: float) -> Ints | None:
-    """Return a cheap landing that differs a little in two groups, and costs less than the ceiling.
+    """Return a cheap landing, up to a ceiling, that differs a little in two groups.
 
     Pairs that land if the effects of two changes add up are looked at first, cheapest first.
     """
@@ -72,7 +85,7 @@ def two_changes(problem: Problem, removed: Ints, rounding: int, ceiling: float) 
     near = (share <= 1 + MARGIN).all(axis=2)
     near &= (share >= 1 - problem.tolerance - MARGIN).any(axis=2)
     spent = found.losses[:, None] + found.losses[None, :]
-    near &= spent < ceiling - problem.total(removed)
+    near &= spent <= ceiling - problem.total(removed)
     near &= found.groups[:, None] < found.groups[None, :]
     first, second = np.nonzero(near)
     unlikely = ~problem.lands(share[first, second] * problem.limits)
@@ -90,7 +103,7 @@ def two_changes(problem: Problem, removed: Ints, rounding: int, ceiling: float) 
 
 
 def change_and_land(problem: Problem, removed: Ints, rounding: int, ceiling: float) -> Ints | None:
-    """Return the cheapest landing that differs a little in one group and anyhow in another."""
+    """Return the cheapest landing, up to a ceiling, that differs in two groups, little in one."""
     near = problem.widths(rounding, removed, reach=TRIED // len(problem.names) + 1)
     best = None
     for number in np.argsort(near.losses, kind="stable")[:TRIED].tolist():
@@ -100,25 +113,25 @@ def change_and_land(problem: Problem, removed: Ints, rounding: int, ceiling: flo
     return best
 
 
-def enumerate_cuts(problem: Problem) -> Ints | None:
-    """Return the cheapest landing of all, where there are few enough cuts to try them all."""
-    levels = problem.levels[-1]
+def enumerate_cuts(problem: Problem, rounding: int) -> Ints | None:
+    """Return the cheapest landing of all, if there are few enough cuts to try them all."""
+    levels = problem.levels[rounding]
     if math.prod(len(level) for level in levels) > ENUMERATED:
         return None
     grid = np.meshgrid(*levels, indexing="ij")
     cuts = np.stack([axis.reshape(-1) for axis in grid], axis=1)
-    cuts = cuts[problem.lands(problem.costs.values(cuts))]
-    return min(cuts, key=problem.total, default=None)
+    parts = [cuts[start : start + BATCH] for start in range(0, len(cuts), BATCH)]
+    lands = np.concatenate([problem.lands(problem.costs.values(part)) for part in parts])
+    return min(cuts[lands], key=problem.total, default=None)
 
 
 def trade(problem: Problem, removed: Ints) -> Ints:
     """Change one or two groups at a time as long as the cut lands and spends less."""
     for _ in range(TRADES):
         spent = problem.total(removed)
-        ceiling = spent - 1e-9 * abs(spent)
-        found = one_change(problem, removed, 0, ceiling)
-        if found is None:
-            found = two_changes(problem, removed, 0, ceiling)
+        ceiling = spent - 1e-9 * abs(spent) - 1e-300
+        tried = (search(problem, removed, 0, ceiling) for search in (one_change, two_changes))
+        found = next((cut for cut in tried if cut is not None), None)
         if found is None:
             break
         removed = found

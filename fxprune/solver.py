@@ -21,7 +21,7 @@ from fxprune.budget import Target, readable
 from fxprune.cuts import Problem
 from fxprune.descent import descend
 from fxprune.errors import BudgetError
-from fxprune.landing import land, trade
+from fxprune.landing import land
 from fxprune.ledger import Floats
 from fxprune.merging import Ints
 
@@ -59,10 +59,9 @@ def solve(problem: Problem) -> Solution:
         note = () if problem.lands(values) else ("the budget is met without removing more",)
         return Solution(least, values, problem.total(least), note)
     before, after = _descend(problem)
-    found = after if problem.lands(problem.value(after)) else land(problem, before, after)
+    found = land(problem, before, after)
     if found is None:
         return _just_above(problem, before, after)
-    found = trade(problem, found)
     return Solution(found, problem.value(found), problem.total(found), _notes(problem, found))
 
 
@@ -70,7 +69,7 @@ def _just_above(problem: Problem, before: Ints, after: Ints) -> Solution:
     """Land within the tolerance above the limit, where units are too coarse to land below."""
     above = problem.limits * (1 + problem.tolerance)
     wider = replace(problem, limits=above, tolerance=1 - 1 / (1 + problem.tolerance))
-    found = before if wider.lands(problem.value(before)) else land(wider, before, after)
+    found = land(wider, before, after)
     if found is None:
         raise BudgetError(_cannot_land(problem, before, after))
     values = problem.value(found)
