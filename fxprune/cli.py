@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -24,7 +24,7 @@ from fxprune.pipeline_text import Recipe, parse, read_recipe
 from fxprune.program import Program
 from fxprune.progress import Tracker
 from fxprune.report_table import print_latencies, print_report
-from fxprune.request import Request, read_text
+from fxprune.request import Request, read_text, split, typed
 from fxprune.trace import trace
 
 app = typer.Typer(
@@ -53,7 +53,6 @@ Trust = Annotated[bool, typer.Option("--trust-pickle", help="run code from the m
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks and all warnings")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Threads = Annotated[int | None, typer.Option(min=1, help="of PyTorch and ONNX Runtime")]
-PARTS = {field.name for field in fields(Request)}
 
 
 @app.command("compile")
@@ -98,39 +97,20 @@ def compile_command(
         wanted = Recipe()
         if recipe is not None:
             wanted = read_recipe(read_text(recipe, "--recipe"), known, f"the recipe {recipe}")
-        told = {name.replace("-", "_"): value for name, value in wanted.options.items()}
-        told |= {name: value for name, value in given.items() if value not in (None, False)}
-        if verify is False:
-            told["verify"] = False
+        told = typed(wanted.options, f"the recipe {recipe}")
+        told |= {name: value for name, value in given.items() if value is not None}
         pipeline = parse(passes, known) if passes else wanted.pipeline
-        report = _compile(told, pipeline, out, resume, Tracker(False if quiet_run else None))
+        request, options = split(told)
+        progress = Tracker(False if quiet_run else None)
+        samples = request.load_data(options.get("seed", 0))
+        result = compile_model(
+            request.load_model(), request.example_inputs(), data=samples, out=out, resume=resume,
+            pipeline=pipeline, progress=progress, origin=request.told(), **options,
+        )  # fmt: skip
         if not quiet_run:
-            print_report(report, Console())
-            print(f"\nwrote {', '.join(sorted(path.name for path in out.iterdir()))} in {out}")
-    raise typer.Exit(0 if report.ok else 1)
-
-
-def _compile(told: dict[str, Any], pipeline: Any, out: Path, resume: bool, tracker: Tracker) -> Any:
-    named = {name: told.pop(name) for name in PARTS & set(told)}
-    if "model" not in named:
-        raise InputError("name the model's file: fxprune compile MODEL --data DATA")
-    for name in ("arch_option", "data_option"):
-        named[name] = tuple(named.get(name, ()))
-    request = Request(**named)
-    data = request.load_data(told.get("seed", 0))
-    tracker.say("loading the model")
-    model = request.load_model()
-    origin = {
-        field.name: list(value)
-        if isinstance(value := getattr(request, field.name), tuple)
-        else value
-        for field in fields(request)
-        if getattr(request, field.name) not in (None, (), False)
-    }
-    return compile_model(
-        model, request.example_inputs(), data=data, out=out, pipeline=pipeline, resume=resume,
-        progress=tracker, origin=origin, **told,
-    ).report  # fmt: skip
+            print_report(result.report, Console())
+            print(f"\nwrote {', '.join(result.files)} in {out}")
+    raise typer.Exit(0 if result.report.ok else 1)
 
 
 @app.command("inspect")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -51,6 +51,11 @@ class Options:
 
     """
 
+    # What a recipe's [run] may say.
+    TOLD: ClassVar[tuple[str, ...]] = (
+        "max_drop", "calibration", "batch_size", "seed", "device", "threads", "verify",
+    )  # fmt: skip
+
     targets: tuple[Target, ...] = ()
     max_drop: float | None = None
     epochs: int = 0
@@ -81,10 +86,9 @@ class Options:
 
     def told(self) -> dict[str, Any]:
         """Return what a recipe's ``[run]`` says: everything that is not a default."""
-        plain = ("max_drop", "calibration", "batch_size", "seed", "device", "threads", "verify")
         defaults = {option.name: option.default for option in fields(self)}
         changed = {
-            name: value for name in plain if (value := getattr(self, name)) != defaults[name]
+            name: value for name in self.TOLD if (value := getattr(self, name)) != defaults[name]
         }
         return {**self.origin, **changed}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
@@ -16,6 +16,8 @@ from fxprune.data import Data
 from fxprune.errors import InputError
 from fxprune.images import Scaling
 from fxprune.loading import load_model
+from fxprune.option_text import convert
+from fxprune.options import Options
 from fxprune.program import Program
 from fxprune.sources import load_data
 
@@ -49,6 +51,12 @@ class Request:
     std: str | None = None
     trust_pickle: bool = False
 
+    def told(self) -> dict[str, Any]:
+        """Return what a recipe says of it: all that is given, but never the consent."""
+        given = {name: value for name, value in asdict(self).items() if value not in (None, ())}
+        del given["trust_pickle"]
+        return given
+
     def load_model(self) -> nn.Module | Program:
         """Load the model's file."""
         options = keywords(self.arch_option, "--arch-option")
@@ -80,6 +88,46 @@ class Request:
 
     def _shape(self) -> tuple[int, ...]:
         return numbers(self.input_shape, "--input-shape", int)
+
+
+# What a recipe's [run] may say; consent to unpickling is given on the command line alone.
+_HINTS = get_type_hints(Request) | get_type_hints(Options) | {"target": tuple[str, ...]}
+_SAID = {field.name for field in fields(Request)} | set(Options.TOLD) | {"target"}
+
+
+def typed(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Give the options of a recipe their types.
+
+    Raises:
+        InputError: an option is unknown or has a wrong value.
+
+    """
+    found: dict[str, Any] = {}
+    for option, value in options.items():
+        name = option.replace("-", "_")
+        if name not in _SAID - {"trust_pickle"}:
+            raise InputError(f"{where}: [run] may not say '{option}'")
+        try:
+            found[name] = convert(value, _HINTS[name])
+        except ValueError as error:
+            raise InputError(f"{where}: '{option}': {error}") from error
+    return found
+
+
+def split(told: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
+    """Part what names the model and the data from the options of the run.
+
+    Raises:
+        InputError: no model is named.
+
+    """
+    if "model" not in told:
+        raise InputError("name the model's file: fxprune compile MODEL --data DATA")
+    parts = {field.name for field in fields(Request)}
+    named = {name: value for name, value in told.items() if name in parts}
+    for name in ("arch_option", "data_option"):
+        named[name] = tuple(named.get(name, ()))
+    return Request(**named), {name: value for name, value in told.items() if name not in parts}
 
 
 def keywords(texts: Iterable[str], option: str) -> Mapping[str, Any]:

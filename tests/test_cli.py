@@ -55,6 +55,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save(nn.Linear(2, 2).state_dict(), "other.pt")
     Path("broken.pt").write_bytes(Path("net.pt").read_bytes()[:2000])
     (tmp_path / "empty").mkdir()
+    Path("consent.toml").write_text("[run]\ntrust-pickle = true\n")
+    Path("seed.toml").write_text("[run]\nseed = 'one'\n")
     Path("bad.toml").write_text("[[pass]]\nname = 'remove-channel'\n")
     return tmp_path
 
@@ -107,6 +109,9 @@ def test_a_target_not_met_is_exit_code_1(folder: Path) -> None:
         ("net.pt --data data.npz --passes fold-batchnorms", 2, "did you mean fold-batchnorm"),
         ("net.pt --data data.npz --passes remove-channels", 2, "reads 'plan', and nothing"),
         ("net.pt --data data.npz --recipe bad.toml", 2, "did you mean remove-channels"),
+        ("pickled.pt --data data.npz --recipe consent.toml", 2, "may not say 'trust-pickle'"),
+        ("net.pt --data data.npz --recipe seed.toml", 2, "'seed': expected a whole number"),
+        ("net.pt --data data.npz --max-drop -1", 2, "max-drop is -1.0; it must be at least 0"),
         ("net.pt --data data.npz --recipe no.toml", 2, "--recipe no.toml cannot be read"),
         ("net.pt --data data.npz --arch-option width", 2, "--arch-option width: write name=value"),
         ("net.pt --data data.npz --device tuba", 2, "the device 'tuba' cannot be used"),
