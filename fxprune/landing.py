@@ -27,15 +27,16 @@ def land(problem: Problem, before: Ints, after: Ints) -> Ints | None:
     ``after``, which saves as much or more, is taken only if there is no other. Where there are few
     cuts, the best of all is found.
     """
-    if (best := enumerate_cuts(problem, 0)) is not None:
-        return best
     spent = problem.total(after)
     ceiling = spent + (PATIENCE - 1) * abs(spent)
+    best = enumerate_cuts(problem, 0)
+    if best is not None and problem.total(best) <= ceiling:
+        return best
     found = _near(problem, before, after, ceiling)
     if found is None:
         found = _finely(problem, before)
     if found is None:
-        found = _near(problem, before, after, math.inf)
+        found = best if best is not None else _near(problem, before, after, math.inf)
     if found is None:
         return enumerate_cuts(problem, len(problem.levels) - 1)
     return found
