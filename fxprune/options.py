@@ -152,6 +152,9 @@ def resolve(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
 
 def limits(targets: tuple[Target, ...]) -> dict[str, Any]:
     """Return targets as options of ``plan-channels``."""
+    known = {option.name for option in fields(PlanChannels)}
+    if odd := [target for target in targets if target.name not in known]:
+        raise InputError(f"plan-channels cannot plan for {odd[0]}; limit macs, params or size")
     return {target.name: str(target).partition("=")[2] for target in targets}
 
 
