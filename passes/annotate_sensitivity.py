@@ -54,7 +54,7 @@ class AnnotateSensitivity(Pass):
 
     """
 
-    criterion: Criterion = "hessian-trace"
+    criterion: Criterion = "gauss-newton"
     probes: int = 300
     min_probes: int = 16
     cut: float = 0.5
