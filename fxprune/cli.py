@@ -71,9 +71,13 @@ def compile_command(
         Words, typer.Option(help="macs=50%, macs=2x, params=30%, size=1MB; repeatable")
     ] = None,
     max_drop: Annotated[
-        float | None, typer.Option(help="points of accuracy to lose at most")
+        float | None,
+        typer.Option(help="points of accuracy to lose at most; without targets, sought out"),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=0, help="of fine-tuning; default 0")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="to the target, default 1; epochs are shared out")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML of a run; options override it")] = None,
     passes: Annotated[str | None, typer.Option(help="a pipeline, such as a,b{x=1},c")] = None,
     calibration: Annotated[int | None, typer.Option(help="calibration samples at most")] = None,

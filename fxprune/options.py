@@ -34,8 +34,10 @@ class Options:
 
     Attributes:
         targets: what the result may cost at most.
-        max_drop: how many points of accuracy may be lost; None for no such check.
-        epochs: of fine-tuning in the default pipeline.
+        max_drop: how many points of accuracy may be lost; without targets, the smallest model
+            that keeps to it is searched for; None for no such check.
+        epochs: of fine-tuning in the default pipeline, over all its steps.
+        steps: in how many steps the default pipeline goes to the targets.
         pipeline: the passes; None for the default ones.
         calibration: how many samples calibrate at most; None for all.
         batch_size: of evaluation.
@@ -59,6 +61,7 @@ class Options:
     targets: tuple[Target, ...] = ()
     max_drop: float | None = None
     epochs: int = 0
+    steps: int = 1
     pipeline: Pipeline | None = None
     calibration: int | None = None
     batch_size: int = 128
@@ -73,7 +76,8 @@ class Options:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        least = {"epochs": 0, "batch_size": 1, "calibration": 1, "threads": 1, "max_drop": 0}
+        ones = ("steps", "batch_size", "calibration", "threads")
+        least = {"epochs": 0, "max_drop": 0, **dict.fromkeys(ones, 1)}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and not value >= low:
@@ -124,18 +128,21 @@ def resolve(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
     """Return the passes to run, and the targets that the result is held to.
 
     Targets go into the last ``plan-channels`` of a given pipeline. Without targets those of that
-    pass count.
+    pass count. There are none if they are to be searched for.
 
     Raises:
         InputError: the options contradict each other.
 
     """
     if options.pipeline is None:
-        targets = options.targets or DEFAULT_TARGETS
-        return default_pipeline(targets, options.epochs), targets
-    if options.epochs:
+        targets = options.targets
+        if options.max_drop is None:
+            targets = targets or DEFAULT_TARGETS
+        return default_pipeline(targets, options.epochs, options.steps), targets
+    if options.epochs or options.steps > 1:
         raise InputError(
-            "epochs are for the default pipeline; in one of your own write finetune{epochs=...}"
+            "epochs and steps are for the default pipeline; in one of your own write "
+            "finetune{epochs=...}, and plan-channels{path=...} for the early steps"
         )
     steps = list(options.pipeline)
     planners = [n for n, step in enumerate(steps) if isinstance(step, PlanChannels)]
@@ -158,16 +165,24 @@ def limits(targets: tuple[Target, ...]) -> dict[str, Any]:
     return {target.name: str(target).partition("=")[2] for target in targets}
 
 
-def default_pipeline(targets: tuple[Target, ...], epochs: int) -> Pipeline:
-    """Return the passes of a run that names none."""
-    recover: tuple[Pass, ...] = (Finetune(epochs=epochs),) if epochs else ()
-    return Pipeline(
-        (
+def default_pipeline(targets: tuple[Target, ...], epochs: int, steps: int = 1) -> Pipeline:
+    """Return the passes of a run that names none.
+
+    Several steps each go an equal part of the way, as a ratio of costs; the early ones need not
+    land exactly. Epochs are shared out among them, what does not divide to the last.
+    """
+    found: list[Pass] = []
+    for step in range(1, steps + 1):
+        last = step == steps
+        plan = PlanChannels(**limits(targets))
+        if not last:
+            plan = replace(plan, path=round(step / steps, 6), tolerance=0.1)
+        share = epochs // steps + (epochs % steps if last else 0)
+        found += [
             AnnotateSensitivity(),
-            PlanChannels(**limits(targets)),
+            plan,
             RemoveChannels(),
             RecalibrateNorms(),
-            *recover,
-            FoldBatchNorm(),
-        )
-    )
+            *((Finetune(epochs=share),) if share else ()),
+        ]
+    return Pipeline((*found, FoldBatchNorm()))
