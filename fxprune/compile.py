@@ -20,7 +20,7 @@ from fxprune.data import Data, as_data, batches, subset
 from fxprune.errors import InputError
 from fxprune.facts import PLAN
 from fxprune.groups import find_groups
-from fxprune.job import Job, fingerprint_of, run
+from fxprune.job import Job, aimed, fingerprint_of, run
 from fxprune.options import Options, make_options, resolve
 from fxprune.output import staged
 from fxprune.pipeline_text import Recipe, write_recipe
@@ -55,7 +55,7 @@ def compile(
         example_inputs: inputs that run it; by default one sample of the data.
         data: what ``fxprune.data.as_data`` takes.
         target: ``macs=50%`` and the like, several joined by commas or in a list; half of the
-            multiply-accumulates where neither this nor a pipeline is given.
+            multiply-accumulates where neither this, a pipeline nor ``max_drop`` is given.
         out: the folder for model.onnx, model.pt2, report.json, report.html and recipe.toml, which
             appear together at the end; None writes nothing.
         options: the fields of ``fxprune.options.Options``; ``pipeline`` may be text.
@@ -75,8 +75,8 @@ def compile(
             if samples is not None:
                 check_data(samples, program)
                 samples = _limited(samples, asked)
-            job = Job(program, find_groups(program), samples, pipeline, targets, asked)
-            kept = Checkpoint(folder, fingerprint_of(job), tuple(map(str, pipeline)))
+            job = aimed(Job(program, find_groups(program), samples, pipeline, targets, asked))
+            kept = Checkpoint(folder, fingerprint_of(job), tuple(map(str, job.pipeline)))
             with _told(kept):
                 small, report = run(job, kept if out else None, aside)
             report = replace(report, seconds=time.perf_counter() - start)

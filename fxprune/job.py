@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fxprune.budget import Target
@@ -18,13 +18,17 @@ from fxprune.options import Options
 from fxprune.pipeline import Entry, Pipeline
 from fxprune.program import Program
 from fxprune.report import Check, GroupEntry, Measures, RunReport, TargetEntry, environment
+from fxprune.search import Limits, Trial, budgeted, search, winner
 
 TOLERANCE = 0.01  # a target is met within one per cent
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run works on: the dense program, where it began, and what is asked of it."""
+    """What a run works on: the dense program, where it began, and what is asked of it.
+
+    ``trials`` are those of the search that found the targets, if there was one.
+    """
 
     dense: Program
     groups: tuple[Group, ...]
@@ -32,6 +36,43 @@ class Job:
     pipeline: Pipeline
     targets: tuple[Target, ...]
     options: Options
+    trials: tuple[Trial, ...] = ()
+
+    @property
+    def judge(self) -> Judge:
+        """What measures accuracy."""
+        options = self.options
+        return Judge(
+            self.data, self.dense, options.batch_size, options.device, options.threads,
+            options.progress,
+        )  # fmt: skip
+
+    @property
+    def context(self) -> Context:
+        """What the passes share."""
+        options = self.options
+        return Context(
+            self.data, options.device, options.seed, options.loss, self.dense, options.progress
+        )
+
+
+def aimed(job: Job) -> Job:
+    """Search for the budget of a job that plans and has only a limit on the accuracy lost."""
+    drop = job.options.max_drop
+    plans = any(PLAN in step.gives for step in job.pipeline)
+    if drop is None or job.targets or not plans:
+        return job
+    job.options.progress.say("searching for the smallest model that keeps its accuracy")
+    allowed = Limits(drop)
+    dense = job.dense.copy().to(job.options.device)
+
+    def accuracy(program: Program) -> float | None:
+        return job.judge.program(program, "evaluating").accuracy
+
+    trials = search(dense, job.pipeline, job.context, accuracy, allowed)
+    target = Target.parse(winner(trials, allowed).target)
+    steps = tuple(budgeted(step, target) for step in job.pipeline)
+    return replace(job, pipeline=Pipeline(steps), targets=(target,), trials=trials)
 
 
 def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunReport]:
@@ -41,9 +82,7 @@ def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunRep
     if options.verify:
         say("checking that removal is exact (zero-then-remove)")
         checks["zero_then_remove"] = check_removal(dense, job.groups, options.seed)
-    judge = Judge(
-        job.data, dense, options.batch_size, options.device, options.threads, options.progress
-    )
+    judge = job.judge
     before = judge.program(dense, "evaluating the dense model")
     small, journal = _optimise(job, kept)
     after = judge.program(small, "evaluating the small model")
@@ -69,6 +108,7 @@ def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunRep
         _notes(job, journal, before),
         journal.curves,
         emission.speedup,
+        trials=job.trials,
     )
 
 
@@ -97,10 +137,7 @@ def _optimise(job: Job, kept: Checkpoint | None) -> tuple[Program, Journal]:
         if kept:
             kept.save(program, journal)
 
-    context = Context(
-        job.data, options.device, options.seed, options.loss, job.dense, options.progress
-    )
-    job.pipeline.run(program, context, (observe,), done=tuple(journal.entries))
+    job.pipeline.run(program, job.context, (observe,), done=tuple(journal.entries))
     return program, journal
 
 

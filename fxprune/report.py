@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fxprune.pipeline import Entry
+from fxprune.search import Trial
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ class RunReport:
     curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     speedup: tuple[float, float, float] | None = None
     seconds: float = 0.0
+    trials: tuple[Trial, ...] = ()
 
     @property
     def target_met(self) -> bool | None:
@@ -130,6 +132,7 @@ class RunReport:
             "sensitivity": {name: list(curve) for name, curve in self.curves.items()},
             "speedup": None if self.speedup is None else list(self.speedup),
             "seconds": self.seconds,
+            "trials": [asdict(trial) for trial in self.trials],
             "notes": list(self.notes),
             "environment": dict(self.environment),
         }

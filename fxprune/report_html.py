@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fxprune.report import GroupEntry, RunReport
-from fxprune.report_table import rows
+from fxprune.report_table import rows, trial_figures
 
 WIDTH, HEIGHT = 150.0, 60.0  # of one sensitivity curve, in SVG units
 BAR = 400.0  # of the longest bar
@@ -46,6 +46,7 @@ def to_html(report: RunReport) -> str:
         times=[(entry, BAR * entry.seconds / longest) for entry in report.entries],
         skips=[(entry.spec.partition("{")[0], skip)
                for entry in report.entries for skip in entry.outcome.skips],
+        trials=[(trial, trial_figures(trial)) for trial in report.trials],
         width=WIDTH, height=HEIGHT, bar=BAR,
     )  # fmt: skip
 

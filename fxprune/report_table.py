@@ -10,6 +10,7 @@ from rich.text import Text
 
 from fxprune.latency import Latency
 from fxprune.report import RunReport
+from fxprune.search import Trial
 
 Row = tuple[str, str, str, str]
 
@@ -42,7 +43,8 @@ def _accuracy(before: float | None, after: float | None) -> Row:
 
 def print_report(report: RunReport, console: Console) -> None:
     """Print the tables that a run ends with."""
-    console.print(Group(_figures(report), _passes(report), *_verdicts(report)))
+    trials = [_trials(report)] if report.trials else []
+    console.print(Group(_figures(report), *trials, _passes(report), *_verdicts(report)))
 
 
 def _figures(report: RunReport) -> Table:
@@ -63,6 +65,22 @@ def _passes(report: RunReport) -> Table:
         figures = (f"{entry.seconds:.1f}", f"{changes:,}", f"{cost.params:,}", f"{cost.macs:,}")
         table.add_row(Text(entry.spec, overflow="fold"), *figures)
     return table
+
+
+def _trials(report: RunReport) -> Table:
+    table = Table("tried", "seconds", "MACs", "accuracy", "lost", box=None, pad_edge=False)
+    for number in range(1, 5):
+        table.columns[number].justify = "right"
+    for trial in report.trials:
+        table.add_row(trial.target, f"{trial.seconds:.1f}", *trial_figures(trial))
+    return table
+
+
+def trial_figures(trial: Trial) -> tuple[str, str, str]:
+    """Return MACs, accuracy and points lost as text."""
+    if trial.macs is None or trial.accuracy is None or trial.drop is None:
+        return "-", "-", "cannot be met"
+    return f"{trial.macs:,}", f"{100 * trial.accuracy:.2f} %", f"{trial.drop:+.2f} points"
 
 
 def _verdicts(report: RunReport) -> Iterator[RenderableType]:

@@ -172,6 +172,18 @@ def test_a_drop_beyond_the_limit_is_not_ok() -> None:
     assert report.before.accuracy == 1.0
 
 
+def test_a_drop_alone_searches_for_the_smallest_model() -> None:
+    steps = PASSES.replace("{macs=50%}", "")
+    report = compiled(None, pipeline=steps, max_drop=100.0, verify=False).report
+    assert len(report.trials) > 1
+    tightest = min((trial for trial in report.trials if trial.fits), key=lambda t: t.share)
+    assert [entry.target for entry in report.targets] == [tightest.target]
+    assert report.after.macs == tightest.macs
+    assert report.after.accuracy == tightest.accuracy
+    assert report.checks["max_drop"].passed
+    assert report.content()["trials"][0]["target"] == "macs=50%"
+
+
 def test_without_data_accuracy_is_unknown() -> None:
     steps = "annotate-sensitivity{criterion=magnitude-l2},plan-channels{macs=50%},remove-channels"
     inputs = (torch.randn(1, 3, 8, 8),)
@@ -197,6 +209,7 @@ def test_targets_go_into_the_last_plan() -> None:
 def test_without_targets_those_of_the_plan_count() -> None:
     assert list(map(str, resolve(make_options(None, PASSES))[1])) == ["macs=50%"]
     assert list(map(str, resolve(Options())[1])) == ["macs=50%"]
+    assert resolve(Options(max_drop=1.0))[1] == ()
 
 
 @pytest.mark.parametrize(

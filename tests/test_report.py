@@ -20,6 +20,7 @@ from fxprune.report import (
 )
 from fxprune.report_html import to_html
 from fxprune.report_table import print_report
+from fxprune.search import Trial
 
 KEYS = {"before", "after", "target", "target_met", "passes", "checks", "groups", "environment"}
 
@@ -49,6 +50,10 @@ def report(*, met: bool = True, passed: bool = True) -> RunReport:
         {"conv.weight:0": (1e-9, 1e-3, 1.0), "head.weight:0": (0.0, 0.0)},
         (1.2, 1.5, 1.9),
         2.0,
+        (
+            Trial("macs=25%", 0.25, 30, 250, 0.5, 40.0, False, 1.0),
+            Trial("macs=1%", 0.01, None, None, None, None, False, 1.0, "too small"),
+        ),
     )
 
 
@@ -95,6 +100,8 @@ def test_the_table_tells_all() -> None:
     assert "target macs=50%: 600 of at most 500, NOT MET" in text
     assert "zero_then_remove: 1e-07, limit 1e-05 (12 units), passed" in text
     assert "onnx_parity: not run (not asked for)" in text
+    assert lines["macs=25%"] == "macs=25% 1.0 250 50.00 % +40.00 points"
+    assert lines["macs=1%"] == "macs=1% 1.0 - - cannot be met"
     assert "note: no evaluation data was given" in text
 
 
