@@ -35,7 +35,8 @@ def context() -> Context:
 def test_every_removable_group_has_scores_and_the_graph_stays() -> None:
     program = trace(Branches(), torch.randn(2, 3, 8, 8))
     before = graph_text(program)
-    outcome = AnnotateSensitivity("hessian-trace", estimator="outputs", probes=16)(program, context())
+    step = AnnotateSensitivity("hessian-trace", estimator="outputs", probes=16)
+    outcome = step(program, context())
     assert (outcome.changes, outcome.skips, graph_text(program)) == (0, (), before)
     found = program.get(SENSITIVITY)
     removable = {g.name: len(g.units) for g in find_groups(program) if g.frozen_because is None}
