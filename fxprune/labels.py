@@ -41,6 +41,7 @@ class Labels:
 def spread(layer: Layer, shape: tuple[int, ...]) -> Tensor:
     """Return identities in the full shape, without memory for the other dimensions.
 
+    >>> import torch
     >>> spread(Layer(1, torch.tensor([5, 6])), (2, 2)).tolist()
     [[5, 6], [5, 6]]
     """
