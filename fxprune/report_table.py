@@ -63,7 +63,7 @@ def _passes(report: RunReport) -> Table:
     for entry in report.entries:
         cost, changes = entry.after, entry.outcome.changes
         figures = (f"{entry.seconds:.1f}", f"{changes:,}", f"{cost.params:,}", f"{cost.macs:,}")
-        table.add_row(Text(entry.spec, overflow="fold"), *figures)
+        table.add_row(Text(entry.spec.replace(",", ", ")), *figures)
     return table
 
 
