@@ -8,7 +8,7 @@ cost after removal is exact without touching the program.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,12 +20,12 @@ from torch.utils import _pytree as pytree
 
 from fxprune.groups import Analysis, Group, analyse
 from fxprune.labels import Labels
+from fxprune.macs import MACS, Place, every_dimension
 from fxprune.merging import Ints
 from fxprune.program import Program, shape_of
 
 aten = torch.ops.aten
 Quantity = Literal["params", "macs", "weight_bytes"]
-Place = tuple[fx.Node, int]  # a node and a dimension of its value
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def terms(program: Program) -> Iterator[Term]:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        places = _all(node)
+        places = every_dimension(node)
         if isinstance(tensor, torch.nn.Parameter):
             yield Term("params", node, 1.0, places)
         yield Term("weight_bytes", node, float(tensor.element_size()), places)
@@ -89,87 +89,6 @@ def _batch(program: Program) -> int:
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     dynamic = zip(tensors, program.dynamic, strict=False)
     return next((int(tensor.shape[0]) for tensor, dims in dynamic if 0 in dims), 1)
-
-
-def _all(node: fx.Node) -> tuple[Place, ...]:
-    return tuple((node, dim) for dim in range(len(shape_of(node))))
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    position = names.index(name)
-    return node.args[position] if position < len(node.args) else node.kwargs[name]
-
-
-def _convolution(node: fx.Node) -> list[tuple[Place, ...]]:
-    weight = _argument(node, "weight")
-    transposed = "transpose" in str(node.target)
-    positions = _argument(node, "input") if transposed else node
-    return [(*_all(positions), *_all(weight)[1:])]
-
-
-def _linear(node: fx.Node) -> list[tuple[Place, ...]]:
-    return [(*_all(node), (_argument(node, "weight"), len(shape_of(node.args[1])) - 1))]  # type: ignore[arg-type]
-
-
-def _product(first: int) -> Callable[[fx.Node], list[tuple[Place, ...]]]:
-    def places(node: fx.Node) -> list[tuple[Place, ...]]:
-        left = node.args[first]
-        assert isinstance(left, fx.Node)
-        return [(*_all(node), (left, len(shape_of(left)) - 1))]
-
-    return places
-
-
-def _attention(node: fx.Node) -> list[tuple[Place, ...]]:
-    query, key = node.args[0], node.args[1]
-    assert isinstance(query, fx.Node)
-    assert isinstance(key, fx.Node)
-    tokens = (key, len(shape_of(key)) - 2)
-    return [(*_all(query), tokens), (*_all(node), tokens)]
-
-
-def _einsum(node: fx.Node) -> list[tuple[Place, ...]]:
-    sources: Sequence[Any] = node.args[1]  # type: ignore[assignment]
-    if len(sources) != 2:
-        return []
-    operands = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
-    found: dict[str, Place] = {}
-    for term, source in zip(operands, sources, strict=True):
-        rank = len(shape_of(source))
-        dots = "0123456789"[: rank - len(term.replace("...", ""))]
-        for dim, letter in enumerate(term.replace("...", dots)):
-            if letter not in found or shape_of(source)[dim] > 1:  # sizes of one broadcast
-                found[letter] = (source, dim)
-    return [tuple(found.values())]
-
-
-def _recurrent(node: fx.Node) -> list[tuple[Place, ...]]:
-    operand, parameters = node.args[0], node.args[2]
-    assert isinstance(operand, fx.Node)
-    matrices = [item for item in parameters if len(shape_of(item)) == 2]  # type: ignore[union-attr, arg-type]
-    return [((operand, 0), (operand, 1), *_all(matrix)) for matrix in matrices]  # type: ignore[arg-type]
-
-
-MACS: dict[Any, Callable[[fx.Node], list[tuple[Place, ...]]]] = {
-    **{
-        getattr(aten, name): _convolution
-        for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
-                     "conv_transpose3d")
-    },
-    aten.linear: _linear,
-    aten.matmul: _product(0),
-    aten.mm: _product(0),
-    aten.bmm: _product(0),
-    aten.addmm: _product(1),
-    aten.baddbmm: _product(1),
-    aten.einsum: _einsum,
-    aten.scaled_dot_product_attention: _attention,
-    aten.lstm: _recurrent,
-    aten.gru: _recurrent,
-    aten.rnn_tanh: _recurrent,
-    aten.rnn_relu: _recurrent,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.choices import Choices, Survey
+from fxprune.explain import describe
 from fxprune.facts import Slot
 from fxprune.labels import Labels, Layer, Split, gather, rows
 from fxprune.merging import Merges, Reason
@@ -113,15 +114,15 @@ class Flow:
         return self.slot(Slot(f"node:{node.name}", number), size)
 
     def _unknown(self, node: fx.Node) -> Any:
-        if not _has_tensor(node.meta.get("val")):
-            return None
+        if (unlabelled := _unlabelled(node.meta.get("val"))) is None:
+            return None  # a size, not a tensor
         self.freeze_all(
             node,
             node.all_input_nodes,
             f"no rule is known for operator {node.target}; register one with "
             "fxprune.operator_rule if its dimensions may shrink",
         )
-        return _unlabelled(node.meta.get("val"))
+        return unlabelled
 
     # What rules call.
 
@@ -245,25 +246,3 @@ def _unlabelled(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_unlabelled(item) for item in value]
     return None
-
-
-def _has_tensor(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_has_tensor(item) for item in value)
-    return isinstance(value, Tensor)
-
-
-def describe(node: fx.Node) -> str:
-    """Say where a node is: its operator, name, module path and source line."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = stack[-1][0] if stack else ""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    own = [line for line in lines if "/torch/nn/" not in line]  # the user's rather than torch's
-    lines = own or lines
-    parts = [f"{node.target} at node {node.name}"]
-    if path:
-        parts.append(f"module {path}")
-    if lines:
-        parts.append(lines[-1].removeprefix("File ").replace(", in forward", ""))
-    return ", ".join(parts)

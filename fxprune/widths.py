@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
-from fxprune.cost import MACS
 from fxprune.errors import InputError
 from fxprune.groups import Group
+from fxprune.macs import MACS
 from fxprune.merging import Ints
 from fxprune.program import Program
 

@@ -50,11 +50,12 @@ def measure(path: Path, limit: int) -> Size:
 
 
 def _body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    total = (node.end_lineno or node.lineno) - node.lineno + 1
+    """Lines from the first statement to the last; signature and docstring do not count."""
     first = node.body[0]
+    start = first.lineno
     if isinstance(first, ast.Expr) and ast.get_docstring(node) is not None:
-        total -= (first.end_lineno or first.lineno) - first.lineno + 1
-    return total
+        start = (first.end_lineno or first.lineno) + 1
+    return (node.end_lineno or node.lineno) - start + 1
 
 
 def main() -> int:

@@ -8,7 +8,15 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from fxprune.flow import Rule
-from fxprune.rules import contraction, convolution, movement, normalisation, pointwise, spatial
+from fxprune.rules import (
+    contraction,
+    convolution,
+    indexing,
+    movement,
+    normalisation,
+    pointwise,
+    spatial,
+)
 
 _registered: dict[Any, Rule] = {}
 
@@ -40,6 +48,7 @@ def known_rules() -> dict[Any, Rule]:
     """Return the rule of every known operator; registered ones take precedence."""
     return {
         **movement.RULES,
+        **indexing.RULES,
         **pointwise.RULES,
         **contraction.RULES,
         **convolution.RULES,
