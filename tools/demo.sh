@@ -5,4 +5,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tools/setup.sh examples
 exec .venv/bin/fxprune compile examples/digits/digits.safetensors \
     --arch examples.digits.model:digits_net --data digits \
-    --target macs=50% --target params=50% --epochs 10 -o out/digits "$@"
+    --target macs=50% --target params=50% --epochs 25 -o out/digits "$@"
