@@ -64,6 +64,18 @@ def cost(program: Program) -> Cost:
     return Cost(**{name: round(total) for name, total in totals.items()})
 
 
+def activation_bytes(program: Program) -> int:
+    """Bytes of all values that running one sample computes, as if none of them were shared."""
+    values = (
+        leaf
+        for node in program.graph.nodes
+        if node.op == "call_function"
+        for leaf in pytree.tree_leaves(node.meta["val"])
+        if isinstance(leaf, Tensor)
+    )
+    return max(1, sum(value.numel() * value.element_size() for value in values) // _batch(program))
+
+
 def terms(program: Program) -> Iterator[Term]:
     """Yield the products of dimensions that a program's costs are sums of."""
     seen = set()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxprune.context import Context
+from fxprune.cost import activation_bytes
 from fxprune.data import Batch, batches
 from fxprune.errors import InputError
 from fxprune.program import Program
@@ -42,6 +43,7 @@ class Settings:
         rule: when to stop probing.
         output_probes: random vectors per batch for ``gauss-newton`` and ``output-shift``; exact if
             there are no more outputs than this.
+        memory_gib: how much the activations of a batch may take; batches shrink to fit.
 
     """
 
@@ -54,6 +56,7 @@ class Settings:
     negative: Negative = "abs"
     rule: StoppingRule = field(default_factory=StoppingRule)
     output_probes: int = 16
+    memory_gib: float = 2.0
 
     def __post_init__(self) -> None:
         choices: tuple[tuple[str, Any, object], ...] = (
@@ -69,6 +72,8 @@ class Settings:
                 raise InputError(f"{name} is '{value}'; it may be {known}")
         if min(self.samples, self.batch_size, self.rule.cap, self.output_probes) < 1:
             raise InputError("samples, batch-size, probes and output-probes must be at least 1")
+        if self.memory_gib <= 0:
+            raise InputError(f"memory-gib is {self.memory_gib:g}; it must be above 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +97,9 @@ class Task:
 
     def batches(self) -> Iterator[Batch]:
         """Yield the calibration batches, the same ones every time."""
-        size, fixed = self.settings.batch_size, not self.program.dynamic
+        fixed = not self.program.dynamic
+        room = self.settings.memory_gib * 2**30 / activation_bytes(self.program)
+        size = min(self.settings.batch_size, max(1, int(room)))
         if fixed:
             leaf = pytree.tree_leaves(self.program.example_inputs)[0]
             size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else 1

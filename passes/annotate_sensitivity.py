@@ -45,7 +45,8 @@ class AnnotateSensitivity(Pass):
         tolerance: the share of them that may be expected to be wrong; 0 takes all probes.
         precision: fp32, bf16 or fp16 for the model; sums are always in fp32 at least.
         samples: calibration samples.
-        batch_size: of the batches that they are streamed in.
+        batch_size: of the batches that they are streamed in, at most.
+        memory_gib: how much the activations of a batch may take; batches shrink to fit.
         labels: data, predicted or sampled.
         estimator: what trace probes perturb, weights or outputs; exact for none; auto for the best
             that applies.
@@ -62,6 +63,7 @@ class AnnotateSensitivity(Pass):
     precision: Precision = "fp32"
     samples: int = 256
     batch_size: int = 64
+    memory_gib: float = 2.0
     labels: LabelSource = "data"
     estimator: Estimator = "auto"
     negative: Negative = "abs"
@@ -77,7 +79,7 @@ class AnnotateSensitivity(Pass):
             self.criterion, self.samples, self.batch_size, self.precision, self.labels,
             self.estimator, self.negative,
             StoppingRule(self.cut, self.tolerance, self.min_probes, self.probes),
-            self.output_probes,
+            self.output_probes, self.memory_gib,
         )  # fmt: skip
         groups = find_groups(program)
         sensitivity, layout, skipped = measure(program, groups, settings, context)
