@@ -71,7 +71,7 @@ def compare(
         minimum: rounds that are run however long they take.
 
     """
-    sessions = {name: _session(path, threads) for name, path in models.items()}
+    sessions = {name: open_session(path, threads) for name, path in models.items()}
     inputs = {name: random_inputs(session, batch) for name, session in sessions.items()}
     for name, session in sessions.items():  # warm-up: allocations and code paths
         for _ in range(3):
@@ -98,19 +98,37 @@ def _summary(times: Any, first: Any) -> Latency:
     )  # fmt: skip
 
 
-def _session(path: str | Path, threads: int) -> onnxruntime.InferenceSession:
-    if not Path(path).is_file():
-        raise InputError(f"there is no file {path}; name an ONNX model")
+def open_session(
+    model: bytes | str | Path, threads: int, *, profile_to: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """Open a model, a file or its bytes, as its latency is measured.
+
+    Args:
+        model: an ONNX file, or what one holds.
+        threads: of one operator.
+        profile_to: begin a profile, in a file whose name starts like this.
+
+    Raises:
+        InputError: there is no such file, or ONNX Runtime cannot load it.
+
+    """
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise InputError(f"there is no file {model}; name an ONNX model")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if profile_to is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_to)
+    source = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's errors have no common base
+        what = "a model" if isinstance(model, bytes) else str(model)
         raise InputError(
-            f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}; is it a whole ONNX "
+            f"ONNX Runtime cannot load {what}: {str(error).splitlines()[0]}; is it a whole ONNX "
             "model?"
         ) from error
 

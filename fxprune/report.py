@@ -7,11 +7,11 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxprune.host import processor
 from fxprune.pipeline import Entry
 from fxprune.search import Trial
 
@@ -175,18 +175,9 @@ def environment(device: str, seed: int, threads: int) -> dict[str, Any]:
         **{name: version(name) for name in packages},
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
-        "cpu": _processor(),
+        "cpu": processor(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "torch_threads": torch.get_num_threads(),
         "latency_threads": threads,
         "seed": seed,
     }
-
-
-def _processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        for line in listing.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

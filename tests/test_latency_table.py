@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import trace
+from torch import Tensor, nn
+
+from fxprune.latency import open_session, random_inputs
+from fxprune.latency_cache import Host, Timing
+from fxprune.latency_layers import layers, others
+from fxprune.latency_table import Shape, Table, model_of
+from fxprune.program import Program, shape_of
+
+
+def shapes_of(program: Program, batch: int = 1) -> list[Shape]:
+    """The layers of a program with their sizes."""
+    return [
+        Shape(layer.kind, layer.geometry, tuple(
+            dim if isinstance(dim, int) else shape_of(dim[0])[dim[1]] for dim in layer.dims
+        ))
+        for layer in layers(program, batch)
+    ]  # fmt: skip
+
+
+def outputs_of(shapes: list[Shape]) -> list[tuple[int, ...]]:
+    session = open_session(model_of(shapes), 1)
+    return [found.shape for found in session.run(None, random_inputs(session, 1))]
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv2d(3, 8, 3, stride=2, padding=1),
+                nn.Conv2d(8, 8, 3, padding="same", groups=8),
+                nn.Conv2d(8, 12, (1, 3), dilation=2, groups=4),
+                nn.ConvTranspose2d(12, 6, 3, stride=2, output_padding=1, groups=3),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        found = []
+        for layer in self.layers:
+            x = layer(x)
+            found.append(x)
+        return tuple(found)
+
+
+def test_convolutions_have_the_shapes_of_the_program() -> None:
+    program = trace(Convolutions().eval(), torch.randn(1, 3, 17, 15))
+    expected = [tuple(y.shape) for y in program(torch.randn(1, 3, 17, 15))]
+    shapes = shapes_of(program)
+    assert [shape.dims for shape in shapes] == [(3, 8, 3), (8, 8, 1), (8, 12, 2), (12, 6, 2)]
+    assert outputs_of(shapes) == expected
+
+
+def test_other_ranks_have_the_shapes_of_the_program() -> None:
+    for make, x in (
+        (nn.Conv1d(4, 6, 5, padding=2), torch.randn(1, 4, 9)),
+        (nn.Conv3d(2, 4, 3, stride=2), torch.randn(1, 2, 7, 7, 7)),
+    ):
+        assert outputs_of(shapes_of(trace(make.eval(), x))) == [tuple(make(x).shape)]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(24, 72), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attention_is_two_products_per_sample(batch: int) -> None:
+    program = trace(Attention().eval(), torch.randn(batch, 10, 24))
+    shapes = shapes_of(program, batch)
+    assert [(shape.kind, shape.dims) for shape in shapes] == [
+        ("linear", (10, 24, 72)),
+        ("matmul", (1, 4, 10, 6, 10)),
+        ("matmul", (1, 4, 10, 10, 6)),
+        ("linear", (10, 24, 24)),
+    ]
+    assert outputs_of(shapes) == [(10, 72), (1, 4, 10, 10), (1, 4, 10, 6), (10, 24)]
+
+
+def test_what_is_no_layer_is_listed_unless_it_is_free() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GELU(), nn.MaxPool2d(2), nn.Flatten()
+    )
+    found = others(trace(model.eval(), torch.randn(1, 3, 4, 4)))
+    assert [str(node.target) for node in found] == ["aten.gelu.default", "aten.max_pool2d.default"]
+
+
+def square(size: int, kernel: int, channels: int, per_group: int) -> Shape:
+    pad = kernel // 2
+    geometry = (size, size, kernel, kernel, 1, 1, pad, pad, pad, pad, 1, 1, 0, 0)
+    return Shape("conv", geometry, (channels, channels, per_group))
+
+
+def test_measures_what_is_missing_once(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    small, large = square(16, 3, 8, 8), square(32, 3, 64, 64)  # 256 times the work
+    table = Table.open(1, path)
+    assert table.fill([small, large, small]) == 2
+    first, second = table.us([small, large])
+    assert 0 < 4 * first < second
+    again = Table.open(1, path)
+    assert again.fill([large, small]) == 0
+    np.testing.assert_array_equal(again.us([small, large]), [first, second])
+    about = again.about([small, large])
+    assert about["entries"] == 2
+    assert about["threads"] == 1
+    assert again.notes == []
+
+
+def test_splits_large_tables_into_sessions() -> None:
+    table = Table(Host.here(1), None)
+    shapes = [square(64, 1, channels, channels) for channels in (64, 72, 80, 88)]
+    assert table.fill(shapes) == 4
+    assert (table.us(shapes) > 0).all()
+
+
+def test_damage_is_told_and_mended(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_text("{")
+    table = Table.open(1, path)
+    (note,) = table.notes
+    assert "damaged" in note
+    table.fill([Shape("linear", (), (1, 8, 8))])
+    assert Table.open(1, path).notes == []
+
+
+def test_knows_its_noise_and_age() -> None:
+    shape = Shape("linear", (), (1, 8, 8))
+    table = Table(Host.here(1), None, {shape.key: Timing(2.0, 0.25, 0.0)})
+    about = table.about([shape])
+    assert about["noise"] == 0.25
+    assert isinstance(about["oldest_days"], float)
+    assert about["oldest_days"] > 10000
