@@ -1,0 +1,115 @@
+"""The coverage table as text and as Markdown."""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def summary(records: Sequence[Record]) -> str:
+    """Return one line per suite, then the failures."""
+    lines = [f"{'suite':12s} passed  median trace s  groups/trace  median share"]
+    for suite in dict.fromkeys(record["suite"] for record in records):
+        mine = [record for record in records if record["suite"] == suite]
+        done = [record for record in mine if "groups_s" in record]
+        passed = sum(not record["failed"] for record in mine)
+        lines.append(
+            f"{suite:12s} {passed:3d}/{len(mine):<3d} {_median(done, 'trace_s'):10.1f} "
+            f"{statistics.median([r['groups_s'] / r['trace_s'] for r in done] or [0]):12.2f} "
+            f"{_median(done, 'share'):14.2f}"
+        )
+    failures = [record for record in records if record["failed"]]
+    lines += [f"FAILED {r['suite']}:{r['model']} at {r['failed']}: {r['why']}" for r in failures]
+    return "\n".join(lines)
+
+
+def _median(records: Sequence[Record], key: str) -> float:
+    return float(statistics.median([record[key] for record in records] or [0.0]))
+
+
+def markdown(records: Sequence[Record], command: str) -> str:
+    """Return the page: a summary, the failures by cause, what is frozen, one row per model."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    passed = sum(not record["failed"] for record in records)
+    parts = [
+        "# Models that fxprune has been tried on",
+        "",
+        f"Written on {today} by `{command}`; {passed} of {len(records)} models pass.",
+        "",
+        _INTRODUCTION,
+        "",
+        "| suite | passed | median trace, s | groups / trace, median | share, median |",
+        "|---|---|---|---|---|",
+    ]
+    for suite in dict.fromkeys(record["suite"] for record in records):
+        mine = [record for record in records if record["suite"] == suite]
+        done = [record for record in mine if "groups_s" in record]
+        ratio = statistics.median([r["groups_s"] / r["trace_s"] for r in done] or [0])
+        parts.append(
+            f"| {suite} | {sum(not r['failed'] for r in mine)} of {len(mine)} | "
+            f"{_median(done, 'trace_s'):.1f} | {ratio:.2f} | {_median(done, 'share'):.2f} |"
+        )
+    if failures := [record for record in records if record["failed"]]:
+        parts += ["", "## What fails", ""]
+        parts += [f"- **{_name(r)}** at {r['failed']}: {_clip(r['why'], 400)}" for r in failures]
+    low = [record for record in records if record.get("share", 1) < 0.9]
+    if low:
+        parts += ["", "## Where less than 90 % of the parameters may shrink", ""]
+        parts += [_held(record) for record in low]
+    return "\n".join([*parts, "", "## Every model", "", *_rows(records), ""])
+
+
+_INTRODUCTION = """\
+Each model, with random weights, is traced in a process of its own; half of the units of every
+removable group, chosen at random, are removed; the smaller model then runs forward at two batch
+sizes and backward, and its ONNX file is compared with it in ONNX Runtime. *Share* is the part of
+the parameters that go with some removable unit. *Error* is that of zero-then-remove, over the
+groups that no normalisation mixes with others (1e-5 in single precision; where rounding alone
+exceeds that, 1e-10 in double precision). Times are seconds of processor time on one thread."""
+
+
+def _name(record: Record) -> str:
+    return f"{record['suite']}:{record['model']}"
+
+
+def _clip(text: str, length: int) -> str:
+    text = " ".join(str(text).split()).replace("|", "\\|")
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _held(record: Record) -> str:
+    reasons = "; ".join(
+        f"{entry['group']} ({entry['share']:.0%}): {_clip(entry['because'], 240)}"
+        for entry in record["frozen"][:2]
+        if entry["share"] > 0.005
+    )
+    tensors = ", ".join(record["tensors_held"][:3])
+    return f"- **{_name(record)}** {record['share']:.0%}: {reasons or f'untouched: {tensors}'}"
+
+
+def _rows(records: Sequence[Record]) -> list[str]:
+    rows = [
+        "| model | params, M | trace, s | groups, s | removable groups | share | left | error | "
+        "ONNX parity | result |",
+        "|" + "---|" * 10,
+    ]
+    for record in sorted(records, key=_name):
+        cells = [
+            _name(record), _number(record, "params", "{:.1f}", 1e-6),
+            _number(record, "trace_s", "{:.1f}"), _number(record, "groups_s", "{:.2f}"),
+            f"{record.get('free_groups', '')} of {record.get('groups', '')}",
+            _number(record, "share", "{:.2f}"), _number(record, "params_left", "{:.2f}"),
+            _number(record, "error", "{:.0e}"), _number(record, "parity", "{:.0e}"),
+            f"fails at {record['failed']}" if record["failed"] else "passes",
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
+def _number(record: Record, key: str, form: str, scale: float = 1.0) -> str:
+    value = record.get(key)
+    return form.format(value * scale) if value is not None else ""
