@@ -19,6 +19,7 @@ from fxprune.passes import (
     FoldBatchNorm,
     PlanChannels,
     RecalibrateNorms,
+    Reconstruct,
     RemoveChannels,
 )
 from fxprune.pipeline import Pass, Pipeline
@@ -169,7 +170,8 @@ def default_pipeline(targets: tuple[Target, ...], epochs: int, steps: int = 1) -
     """Return the passes of a run that names none.
 
     Several steps each go an equal part of the way, as a ratio of costs; the early ones need not
-    land exactly. Epochs are shared out among them, what does not divide to the last.
+    land exactly. Epochs are shared out among them, what does not divide to the last; a step that
+    gets none is made good by reconstruction, which needs no labels.
     """
     found: list[Pass] = []
     for step in range(1, steps + 1):
@@ -183,6 +185,6 @@ def default_pipeline(targets: tuple[Target, ...], epochs: int, steps: int = 1) -
             plan,
             RemoveChannels(),
             RecalibrateNorms(),
-            *((Finetune(epochs=share),) if share else ()),
+            Finetune(epochs=share) if share else Reconstruct(),
         ]
     return Pipeline((*found, FoldBatchNorm()))

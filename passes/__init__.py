@@ -11,6 +11,7 @@ from fxprune.passes.finetune import Finetune
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
 from fxprune.passes.plan_channels import PlanChannels
 from fxprune.passes.recalibrate_norms import RecalibrateNorms
+from fxprune.passes.reconstruct import Reconstruct
 from fxprune.passes.remove_channels import RemoveChannels
 from fxprune.pipeline import Pass
 
@@ -19,6 +20,7 @@ ALL: tuple[type[Pass], ...] = (
     PlanChannels,
     RemoveChannels,
     RecalibrateNorms,
+    Reconstruct,
     Finetune,
     FoldBatchNorm,
 )
@@ -30,6 +32,7 @@ __all__ = [
     "FoldBatchNorm",
     "PlanChannels",
     "RecalibrateNorms",
+    "Reconstruct",
     "RemoveChannels",
     "known",
 ]

@@ -1,0 +1,141 @@
+"""Least squares from second moments: a layer's weights from what it sees and what it should add.
+
+For features ``x`` and wanted changes ``r`` of the outputs, the change ``D`` of the weights is
+
+    min over D   sum ||r - x D' - b||^2 + ridge * m * ||D||^2,     m = mean of the features' squares
+
+so the ridge pulls towards the weights as they are. Moments are sums over any number of batches, in
+float64. Where weights are masked, every output has a support of its own and a system of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**23  # elements of a block of systems
+LEAST = 1e-12  # the smallest ridge, so that features that never vary do no harm
+FLOOR = 1e-30  # of the features' mean square, where they are all zero
+
+
+@dataclass
+class Moments:
+    """Sums over positions, by group of the layer.
+
+    Attributes:
+        gram: features times features, groups x f x f.
+        cross: features times wanted changes, groups x f x outputs.
+        features: sums of the features, groups x f.
+        wanted: sums of the wanted changes, groups x outputs.
+        energy: sums of the squares of the wanted changes, groups x outputs.
+        count: how many positions.
+
+    """
+
+    gram: Tensor
+    cross: Tensor
+    features: Tensor
+    wanted: Tensor
+    energy: Tensor
+    count: int = 0
+
+    @classmethod
+    def zeros(cls, groups: int, features: int, outputs: int, device: torch.device) -> Moments:
+        """Return the moments of nothing."""
+        shapes = (features, features), (features, outputs), (features,), (outputs,), (outputs,)
+        zeros = [torch.zeros(groups, *s, dtype=torch.float64, device=device) for s in shapes]
+        return cls(*zeros)
+
+    def add(self, features: Tensor, wanted: Tensor) -> None:
+        """Count positions: groups x f x n, and groups x outputs x n.
+
+        Products are summed in their own precision here, and over the calls in double precision.
+        """
+        self.gram += features @ features.transpose(1, 2)
+        self.cross += features @ wanted.transpose(1, 2)
+        self.features += features.sum(2)
+        self.wanted += wanted.sum(2)
+        self.energy += wanted.square().sum(2)
+        self.count += features.shape[2]
+
+    def centred(self) -> Moments:
+        """Return the moments of deviations from the means."""
+        mean = self.features / self.count
+        wanted = self.wanted / self.count
+        return Moments(
+            self.gram - torch.einsum("gi,gj->gij", mean, self.features),
+            self.cross - torch.einsum("gi,go->gio", mean, self.wanted),
+            torch.zeros_like(self.features),
+            torch.zeros_like(self.wanted),
+            self.energy - wanted * self.wanted,
+            self.count,
+        )
+
+    def loss(self, change: Tensor, shift: Tensor) -> Tensor:
+        """Return the sum of squares that a change of weights and bias leaves, groups x outputs.
+
+        Args:
+            change: of the weights, groups x outputs x f.
+            shift: of the bias, groups x outputs.
+
+        """
+        made = (change @ self.gram * change).sum(2)
+        made += 2 * shift * (change @ self.features.unsqueeze(2)).squeeze(2)
+        made += self.count * shift.square()
+        met = (change * self.cross.transpose(1, 2)).sum(2) + shift * self.wanted
+        return self.energy - 2 * met + made
+
+    def best_step(self, change: Tensor, shift: Tensor) -> Tensor:
+        """Return the share of a change, 0 to 1, that leaves each output's least sum of squares."""
+        slope = self.energy - self.loss(change, shift)  # 2 met - made
+        made = self.loss(-change, -shift) - self.energy  # 2 met + made
+        met, made = (slope + made) / 4, (made - slope) / 2
+        return torch.where(made > 0, met / made.clamp_min(FLOOR), 0.0).clamp(0, 1)
+
+
+def solve(
+    moments: Moments, ridge: float, *, bias: bool, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the change of the weights, groups x outputs x f, and of the bias, groups x outputs.
+
+    Args:
+        moments: of all positions.
+        ridge: relative to the mean square of the features.
+        bias: whether there is a bias to change.
+        keep: which weights may change, groups x outputs x f; None for all.
+
+    """
+    used = moments.centred() if bias else moments
+    scale = used.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(FLOOR)
+    eye = torch.eye(used.gram.shape[1], dtype=torch.float64, device=used.gram.device)
+    gram = used.gram + (max(ridge, LEAST) * scale).view(-1, 1, 1) * eye
+    if keep is None or bool(keep.all()):
+        change = _cholesky(gram, used.cross).transpose(1, 2)
+    else:
+        change = _on_support(gram, used.cross, keep)
+    shift = torch.zeros_like(moments.wanted)
+    if bias:
+        mean = moments.features / moments.count
+        shift = moments.wanted / moments.count - (change @ mean.unsqueeze(2)).squeeze(2)
+    return change, shift
+
+
+def _cholesky(gram: Tensor, cross: Tensor) -> Tensor:
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
+
+
+def _on_support(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
+    """Solve one system per output, in which the weights that are not kept do not take part."""
+    groups, outputs, _ = keep.shape
+    found = torch.zeros(keep.shape, dtype=gram.dtype, device=gram.device)
+    size = max(1, BLOCK // gram.shape[1] ** 2)
+    for group in range(groups):
+        for start in range(0, outputs, size):
+            part = keep[group, start : start + size].to(gram.dtype)
+            pairs = part.unsqueeze(2) * part.unsqueeze(1)
+            systems = gram[group] * pairs + torch.diag_embed(1 - part)
+            wanted = (cross[group].T[start : start + size] * part).unsqueeze(2)
+            found[group, start : start + size] = _cholesky(systems, wanted).squeeze(2) * part
+    return found
