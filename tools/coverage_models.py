@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fxprune.compat import enable_torchvision
 from tools import coverage_huggingface, coverage_layers
 
+LIST = Path(__file__).with_name("coverage_timm.txt")
 Case = tuple[nn.Module, tuple[Any, ...]]
 
 TORCHVISION = (
@@ -43,16 +44,16 @@ def suites() -> dict[str, Callable[[], list[str]]]:
         "segmentation": lambda: list(SEGMENTATION),
         "video": lambda: list(VIDEO),
         "detection": lambda: list(DETECTION),
-        "timm": smallest_of_every_module,
+        "timm": listed,
     }
 
 
 def build(suite: str, name: str) -> Case:
     """Make a model with random weights, and inputs that run it."""
+    enable_torchvision()
     if suite in ("layers", "huggingface"):
         made = coverage_layers.MODELS if suite == "layers" else coverage_huggingface.MODELS
         return made[name]()
-    enable_torchvision()
     if suite == "timm":
         model = importlib.import_module("timm").create_model(name)
         return model, (torch.randn(1, *model.pretrained_cfg["input_size"]),)
@@ -71,30 +72,38 @@ def build(suite: str, name: str) -> Case:
     return model, (torch.randn(1, 3, size, size),)
 
 
-def smallest_of_every_module() -> list[str]:
-    """Name timm's smallest model of every architecture module; kept, since it takes minutes."""
+def listed() -> list[str]:
+    """Name the models of ``coverage_timm.txt``."""
+    lines = [line.partition("#")[0].strip() for line in LIST.read_text().splitlines()]
+    return [line for line in lines if line]
+
+
+def write_list() -> None:
+    """Look for timm's smallest model of every architecture module; that takes minutes."""
     enable_torchvision()
     timm = importlib.import_module("timm")
     module_of = importlib.import_module("timm.models._registry")._model_to_module
-    kept = Path(__file__).with_name(f".timm-{timm.__version__}.json")
-    if kept.exists():
-        return list(json.loads(kept.read_text()))
-    best: dict[str, tuple[int, str]] = {}
-    for name in timm.list_models():
-        with torch.device("meta"):
-            size = _parameters(timm, name)
-        best[module_of[name]] = min(best.get(module_of[name], (size, name)), (size, name))
-    names = sorted(name for _, name in best.values())
-    kept.write_text(json.dumps(names))
-    return names
+    best: dict[str, tuple[float, str]] = {}
+    for name in timm.list_models(exclude_filters="test_*"):
+        found = _millions(timm, name), name
+        best[module_of[name]] = min(best.get(module_of[name], found), found)
+    lines = [
+        f"# The smallest model of each of timm {timm.__version__}'s architecture modules, its own "
+        "test models aside,\n# by size. Written by: python -m tools.coverage_models\n"
+    ]
+    for module, (size, name) in sorted(best.items(), key=lambda item: item[1]):
+        lines.append(f"{name}  # {module}, {size:.1f} M\n")
+    LIST.write_text("".join(lines))
 
 
-def _parameters(timm: Any, name: str) -> int:
-    """Count parameters without allocating them; a model that needs real ones counts as large."""
+def _millions(timm: Any, name: str) -> float:
+    """Count parameters without allocating them; a model that needs real ones counts as huge."""
     try:
-        return sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+        with torch.device("meta"):
+            model = timm.create_model(name)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        return 2**62
+        return math.inf
+    return float(sum(parameter.numel() for parameter in model.parameters()) / 1e6)
 
 
 def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -122,3 +131,7 @@ def enliven(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def _constant(tensor: Tensor) -> bool:
     return bool((tensor == tensor.reshape(-1)[0]).all())
+
+
+if __name__ == "__main__":
+    write_list()
