@@ -89,12 +89,13 @@ def result_checks(
     after: Evaluation,
     in_file: Evaluation,
     max_drop: float | None,
+    parity_limit: float = PARITY_LIMIT,
 ) -> dict[str, Check]:
     """Judge the emitted file: against PyTorch, and by the accuracy it may lose."""
     checks = {
         "onnx_parity": Check.skipped("it was not asked for")
         if export.parity is None
-        else Check.of(export.parity, PARITY_LIMIT)
+        else Check.of(export.parity, parity_limit)
     }
     if after.accuracy is None or in_file.accuracy is None:
         checks["onnx_accuracy"] = Check.skipped(after.note or "accuracy was not measured")

@@ -78,6 +78,9 @@ def compile_command(
     steps: Annotated[
         int | None, typer.Option(min=1, help="to the target, default 1; epochs are shared out")
     ] = None,
+    int8: Annotated[
+        bool | None, typer.Option("--int8/--fp32", help="8-bit codes or floats; default floats")
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML of a run; options override it")] = None,
     passes: Annotated[str | None, typer.Option(help="a pipeline, such as a,b{x=1},c")] = None,
     calibration: Annotated[int | None, typer.Option(help="calibration samples at most")] = None,

@@ -59,6 +59,8 @@ class Plan:
         implant: the units to replace by something cheaper, ascending.
         notes: what the report should tell, such as relaxed rounding.
         predicted: the costs that the solver expects after removal, by quantity.
+        kinds: by weight, the kind of implant that its layer gets, such as ``low-rank:8``; where
+            none is named, the pass that implants chooses.
 
     """
 
@@ -66,6 +68,7 @@ class Plan:
     implant: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     predicted: Mapping[str, float] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,15 +84,32 @@ class Removed:
     """What is left of the dense program's values.
 
     Attributes:
-        kept: by node name and dimension, the indices of the dense value that remain; nodes and
-            dimensions that lost nothing are absent.
+        kept: by node name and dimension, the indices of the dense value that remain, in their
+            order; nodes and dimensions that lost nothing are absent.
 
     """
 
     kept: Mapping[str, Mapping[int, Tensor]]
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """What of a program is to run, or runs, on 8-bit codes.
+
+    Attributes:
+        layers: by the name of a node with weights, the name of its weight.
+        others: the names of other nodes.
+
+    """
+
+    layers: Mapping[str, str]
+    others: tuple[str, ...] = ()
+
+
 SENSITIVITY: Fact[Sensitivity] = Fact("sensitivity")
 PLAN: Fact[Plan] = Fact("plan")
 MASKS: Fact[Masks] = Fact("masks")
 REMOVED: Fact[Removed] = Fact("removed")
+OBSERVED: Fact[Quantized] = Fact("observed")
+CALIBRATED: Fact[Quantized] = Fact("calibrated")
+CONVERTED: Fact[Quantized] = Fact("converted")

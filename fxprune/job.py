@@ -11,12 +11,15 @@ from fxprune.checks import check_removal, result_checks
 from fxprune.context import Context
 from fxprune.data import Data
 from fxprune.evaluate import Evaluation
+from fxprune.export import parity_limit
 from fxprune.facts import PLAN
 from fxprune.groups import Group
 from fxprune.measure import Judge, emit, measures
 from fxprune.options import Options
 from fxprune.pipeline import Entry, Pipeline
 from fxprune.program import Program
+from fxprune.quantization_checks import check_agreement, check_fusion
+from fxprune.quantization_onnx import is_quantized
 from fxprune.report import Check, GroupEntry, Measures, RunReport, TargetEntry, environment
 from fxprune.search import Limits, Trial, budgeted, search, winner
 
@@ -93,7 +96,13 @@ def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunRep
         threads=options.threads or 1, seconds=options.latency_seconds,
     )  # fmt: skip
     in_file = judge.file(aside / "model.onnx", "evaluating the ONNX file")
-    checks |= result_checks(emission.small, before, after, in_file, options.max_drop)
+    checks |= result_checks(
+        emission.small, before, after, in_file, options.max_drop, parity_limit(small)
+    )
+    if is_quantized(small):
+        say("checking what ONNX Runtime made of the codes")
+        checks["int8_fused"] = check_fusion(aside / "model.onnx")
+        checks["int8_agreement"] = check_agreement(small, aside / "model.onnx", job.data)
     latency = emission.latency
     large = measures(dense, emission.dense, latency["before"], before)
     little = measures(small, emission.small, latency["after"], in_file)

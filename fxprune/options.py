@@ -15,12 +15,15 @@ from fxprune.context import Loss
 from fxprune.errors import InputError
 from fxprune.passes import (
     AnnotateSensitivity,
+    ConvertQuantized,
     Finetune,
     FoldBatchNorm,
+    InsertObservers,
     PlanChannels,
     RecalibrateNorms,
     Reconstruct,
     RemoveChannels,
+    TrainQuantized,
 )
 from fxprune.pipeline import Pass, Pipeline
 from fxprune.pipeline_text import parse
@@ -39,6 +42,7 @@ class Options:
             that keeps to it is searched for; None for no such check.
         epochs: of fine-tuning in the default pipeline, over all its steps.
         steps: in how many steps the default pipeline goes to the targets.
+        int8: whether the default pipeline ends in 8-bit codes.
         pipeline: the passes; None for the default ones.
         calibration: how many samples calibrate at most; None for all.
         batch_size: of evaluation.
@@ -63,6 +67,7 @@ class Options:
     max_drop: float | None = None
     epochs: int = 0
     steps: int = 1
+    int8: bool = False
     pipeline: Pipeline | None = None
     calibration: int | None = None
     batch_size: int = 128
@@ -139,11 +144,13 @@ def resolve(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
         targets = options.targets
         if options.max_drop is None:
             targets = targets or DEFAULT_TARGETS
-        return default_pipeline(targets, options.epochs, options.steps), targets
-    if options.epochs or options.steps > 1:
+        pipeline = default_pipeline(targets, options.epochs, options.steps, int8=options.int8)
+        return pipeline, targets
+    if options.epochs or options.steps > 1 or options.int8:
         raise InputError(
-            "epochs and steps are for the default pipeline; in one of your own write "
-            "finetune{epochs=...}, and plan-channels{path=...} for the early steps"
+            "epochs, steps and int8 are for the default pipeline; in one of your own write "
+            "finetune{epochs=...}, plan-channels{path=...} for the early steps, and "
+            "insert-observers,train-quantized,convert-quantized after fold-batchnorm"
         )
     steps = list(options.pipeline)
     planners = [n for n, step in enumerate(steps) if isinstance(step, PlanChannels)]
@@ -166,7 +173,9 @@ def limits(targets: tuple[Target, ...]) -> dict[str, Any]:
     return {target.name: str(target).partition("=")[2] for target in targets}
 
 
-def default_pipeline(targets: tuple[Target, ...], epochs: int, steps: int = 1) -> Pipeline:
+def default_pipeline(
+    targets: tuple[Target, ...], epochs: int, steps: int = 1, *, int8: bool = False
+) -> Pipeline:
     """Return the passes of a run that names none.
 
     Several steps each go an equal part of the way, as a ratio of costs; the early ones need not
@@ -187,4 +196,5 @@ def default_pipeline(targets: tuple[Target, ...], epochs: int, steps: int = 1) -
             RecalibrateNorms(),
             Finetune(epochs=share) if share else Reconstruct(),
         ]
-    return Pipeline((*found, FoldBatchNorm()))
+    codes = (InsertObservers(), TrainQuantized(), ConvertQuantized()) if int8 else ()
+    return Pipeline((*found, FoldBatchNorm(), *codes))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import fxprune.quantization_ops  # noqa: F401  # declares operators that programs may call
 from fxprune import facts
 from fxprune.errors import InputError
 from fxprune.program import Fact

@@ -22,7 +22,8 @@ def set_tensor(program: Program, name: str, value: Tensor) -> None:
     owner = _ensure_submodule(module, path)
     old = getattr(owner, leaf, None)
     if isinstance(old, nn.Parameter) or (old is None and value.requires_grad):
-        value = nn.Parameter(value.detach(), requires_grad=old is None or old.requires_grad)
+        trains = value.is_floating_point() and (old is None or old.requires_grad)
+        value = nn.Parameter(value.detach(), requires_grad=trains)
     if old is None:
         _register(owner, leaf, value)
         return
@@ -86,6 +87,13 @@ def replace_node(program: Program, old: fx.Node, new: fx.Node) -> None:
     """Let every user of ``old`` read ``new`` instead, and erase ``old``."""
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     program.graph.erase_node(old)
+
+
+def rewrite_call(
+    program: Program, node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    """Let a call compute something else in its place; it keeps its name and its users."""
+    node.target, node.args, node.kwargs = target, args, {}
 
 
 def drop_unused(program: Program) -> None:

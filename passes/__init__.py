@@ -7,12 +7,15 @@ from importlib.metadata import entry_points
 
 from fxprune.errors import InputError
 from fxprune.passes.annotate_sensitivity import AnnotateSensitivity
+from fxprune.passes.convert_quantized import ConvertQuantized
 from fxprune.passes.finetune import Finetune
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
+from fxprune.passes.insert_observers import InsertObservers
 from fxprune.passes.plan_channels import PlanChannels
 from fxprune.passes.recalibrate_norms import RecalibrateNorms
 from fxprune.passes.reconstruct import Reconstruct
 from fxprune.passes.remove_channels import RemoveChannels
+from fxprune.passes.train_quantized import TrainQuantized
 from fxprune.pipeline import Pass
 
 ALL: tuple[type[Pass], ...] = (
@@ -23,17 +26,23 @@ ALL: tuple[type[Pass], ...] = (
     Reconstruct,
     Finetune,
     FoldBatchNorm,
+    InsertObservers,
+    TrainQuantized,
+    ConvertQuantized,
 )
 
 __all__ = [
     "ALL",
     "AnnotateSensitivity",
+    "ConvertQuantized",
     "Finetune",
     "FoldBatchNorm",
+    "InsertObservers",
     "PlanChannels",
     "RecalibrateNorms",
     "Reconstruct",
     "RemoveChannels",
+    "TrainQuantized",
     "known",
 ]
 

@@ -1,0 +1,158 @@
+"""Quantising a program: observers in, their findings to scales, fake-quantisers to codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxprune.context import Context
+from fxprune.data import batches
+from fxprune.evaluate import fixed_batch
+from fxprune.host import features
+from fxprune.program import Program
+from fxprune.quantization_observers import Method, Observer, activation_scale, weight_scale
+from fxprune.quantization_ops import FAKE_QUANTIZE, OBSERVE
+from fxprune.quantization_patterns import Placement
+from fxprune.surgery import insert_call, read_tensor, set_tensor
+from fxprune.training import placed
+
+ACTIVATION_CODES = (0, 255)
+WEIGHT_CODE = 127
+REDUCED_CODE = 64  # two products with 8-bit activations still fit 16 bits: 2 * 255 * 64 < 2**15
+HOME = "quantizers"  # under which the scales of activations are found
+
+
+def sums_overflow() -> bool:
+    """Whether this processor adds 8-bit products in 16 bits, as x86 without VNNI does."""
+    found = features()
+    return "avx2" in found and not any("vnni" in name or "int8" in name for name in found)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One observer or fake-quantiser: a node, and its arguments by name."""
+
+    node: fx.Node
+    value: fx.Node
+    key: str
+    low: int
+    high: int
+    symmetric: bool
+    axis: int
+
+
+def sites(program: Program) -> tuple[Site, ...]:
+    """Return all observers of a program, in its order."""
+    return tuple(Site(node, *node.args) for node in program.graph.nodes if node.target is OBSERVE)
+
+
+def observe(program: Program, placement: Placement, weight_code: int) -> int:
+    """Put observers at every place; returns how many."""
+    for root, readers in placement.roots.items():
+        key = placement.keys[root]
+        node = _after(program, root, OBSERVE, (root, key, *ACTIVATION_CODES, False, -1))
+        for reader in readers:
+            reader.replace_input_with(root, node)
+    weights: dict[int, fx.Node] = {}
+    for layer in placement.layers:
+        weight = layer.args[1]
+        assert isinstance(weight, fx.Node)
+        name = str(weight.target)
+        stored = id(program.tensor(name))  # tied weights have several names
+        if stored not in weights:
+            args = (weight, name, -weight_code, weight_code, True, 0)
+            weights[stored] = _after(program, weight, OBSERVE, args)
+        layer.replace_input_with(weight, weights[stored])
+    return len(placement.roots) + len(weights)
+
+
+def _after(program: Program, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    place = node.next
+    while place.op == "placeholder":  # inputs come before all calls
+        place = place.next
+    return insert_call(program, place, target, args)
+
+
+def walk(
+    program: Program, context: Context, found: Iterable[Site], method: Method, samples: int,
+    batch_size: int,
+) -> dict[str, Observer]:  # fmt: skip
+    """Run calibration samples through a program and return what observers saw, by key."""
+    watched = {site.node: site.key for site in found if not site.symmetric}
+    observers = {key: Observer() for key in watched.values()}
+    walks = ["extremes"] if method in ("minmax", "moving-average") else ["extremes", "tally"]
+    size = fixed_batch(program) or batch_size
+    total = min(samples, len(context.samples.calibration))
+    total = max(total - total % size, size) if fixed_batch(program) else total
+    with placed(program.eval(), context.device), torch.no_grad():
+        for title in walks:
+            stream = batches(
+                context.samples.calibration, size, seed=context.seed, limit=total,
+                device=context.device,
+            )  # fmt: skip
+            watcher = _Watcher(program, watched, observers, title)
+            for batch in context.progress.track(stream, "calibrating", -(-total // size)):
+                watcher.run(*batch.inputs)
+    return observers
+
+
+class _Watcher(fx.Interpreter):
+    """Runs a program and hands what passes observers to them."""
+
+    def __init__(
+        self,
+        program: Program,
+        watched: dict[fx.Node, str],
+        observers: dict[str, Observer],
+        method: str,
+    ) -> None:
+        super().__init__(program.graph_module)
+        self._watched, self._observers, self._method = watched, observers, method
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.target is not OBSERVE:
+            return super().run_node(n)
+        value = self.fetch_args_kwargs_from_env(n)[0][0]
+        if n in self._watched:
+            getattr(self._observers[self._watched[n]], self._method)(value)
+        return value
+
+
+def settle(
+    program: Program,
+    found: Sequence[Site],
+    observers: dict[str, Observer],
+    method: Method,
+    *,
+    search_weights: bool = False,
+) -> int:
+    """Replace observers by fake-quantisers with the scales they found; returns how many."""
+    for site in found:
+        scale_name, zero_name = names_of(site)
+        if site.symmetric:
+            weight = program.tensor(str(site.value.target))
+            scale = weight_scale(weight, site.high, site.axis, search=search_weights)
+            zero = torch.zeros_like(scale, dtype=torch.int8)
+        else:
+            span = observers[site.key].span(method, site.high - site.low + 1)
+            step, lowest = activation_scale(*span, (site.low, site.high))
+            scale, zero = torch.tensor(step), torch.tensor(lowest, dtype=torch.uint8)
+        set_tensor(program, scale_name, scale.detach())
+        set_tensor(program, zero_name, zero)
+        read = [read_tensor(program, name, site.node) for name in (scale_name, zero_name)]
+        args = (site.value, *read, site.low, site.high, site.axis)
+        new = insert_call(program, site.node, FAKE_QUANTIZE, args)
+        site.node.replace_all_uses_with(new)
+        program.graph.erase_node(site.node)
+    return len(found)
+
+
+def names_of(site: Site) -> tuple[str, str]:
+    """Return the names of a site's scale and zero point."""
+    if site.symmetric:
+        return f"{site.key}_scale", f"{site.key}_zero_point"
+    return f"{HOME}.{site.key}.scale", f"{HOME}.{site.key}.zero_point"

@@ -1,0 +1,44 @@
+"""Store weights as 8-bit codes and compute with quantise/dequantise pairs.
+
+Before:
+    fake_quantize: 4x3x3x3 = fxprune.fake_quantize(<weight 4x3x3x3>, scale, zero, -127, 127, 0)
+    conv2d: 1x4x6x6 = conv2d(x, fake_quantize, <bias 4>)
+
+After:
+    dequantize: 4x3x3x3 = fxprune.dequantize(<weight int8 4x3x3x3>, scale, zero, 0)
+    dequantize_1: 4 = fxprune.dequantize(<bias int32 4>, sums, zeros, 0)
+    conv2d: 1x4x6x6 = conv2d(x, dequantize, dequantize_1)
+
+Biases become 32-bit codes of scale ``input scale * weight scale``, the unit of a layer's sums.
+Views, pads and other moves work on the codes themselves. The result computes what the
+fake-quantised program did, to one step, and exports to ONNX as integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fxprune.context import Context
+from fxprune.facts import CALIBRATED, CONVERTED, MASKS, REMOVED
+from fxprune.pipeline import Facts, Outcome, Pass
+from fxprune.program import Program
+from fxprune.quantization_codes import convert
+from fxprune.surgery import drop_unused
+
+
+@dataclass(frozen=True)
+class ConvertQuantized(Pass):
+    """Turn fake-quantisers into codes."""
+
+    name: ClassVar[str] = "convert-quantized"
+    needs: ClassVar[Facts] = frozenset({CALIBRATED})
+    keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS})
+    gives: ClassVar[Facts] = frozenset({CONVERTED})
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        """Convert; changes counts fake-quantisers."""
+        count = convert(program)
+        drop_unused(program)
+        program.put(CONVERTED, program.get(CALIBRATED))
+        return Outcome(count)

@@ -1,0 +1,118 @@
+"""Put observers where ONNX Runtime will compute with 8-bit codes.
+
+Before:
+    conv2d: 1x4x6x6 = conv2d(x, <weight 4x3x3x3>, <bias 4>)
+    relu: 1x4x6x6 = relu(conv2d)
+
+After:
+    observe: 1x3x8x8 = fxprune.observe(x, x, 0, 255, False, -1)
+    observe_1: 4x3x3x3 = fxprune.observe(<weight 4x3x3x3>, weight, -127, 127, True, 0)
+    conv2d: 1x4x6x6 = conv2d(observe, observe_1, <bias 4>)
+    relu: 1x4x6x6 = relu(conv2d)
+    observe_2: 1x4x6x6 = fxprune.observe(relu, relu, 0, 255, False, -1)
+
+Observers compute nothing; they name the codes to come: unsigned for activations, with one scale,
+and signed for weights, with one scale per output channel. The places follow from a table of what
+ONNX Runtime fuses: the inputs and outputs of convolutions (the output after a ReLU or clamp from
+zero), the inputs of linear layers, both inputs and the output of additions of such values, and
+pooling. Values that only move (views, slices, pads, concatenations, maxima) keep their codes.
+
+Declines layers that a pattern of ``fp32`` names, depthwise convolutions unless asked for (their
+8-bit kernels are slower), and layers whose weight is computed or has other readers. Fold batch
+norms first: a convolution with a norm after it is declined.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.context import Context
+from fxprune.facts import MASKS, OBSERVED, REMOVED, Quantized
+from fxprune.pipeline import Facts, Outcome, Pass, Skip
+from fxprune.program import Program
+from fxprune.quantization import REDUCED_CODE, WEIGHT_CODE, observe, sites, sums_overflow
+from fxprune.quantization_ops import DEQUANTIZE, FAKE_QUANTIZE
+from fxprune.quantization_patterns import is_depthwise, packet_of, pattern_of, place, weight_name
+
+aten = torch.ops.aten
+REDUCED_NOTE = "weights are kept to 7 bits, which processors without 8-bit dot products need"
+
+
+@dataclass(frozen=True)
+class InsertObservers(Pass):
+    """Place observers around layers that are to run on codes, and between them.
+
+    Attributes:
+        fp32: layers to leave in floating point, by patterns of their weights' or nodes' names.
+        depthwise: quantise depthwise convolutions too.
+        reduce_range: keep weights to 7 bits, because products of 8 bits overflow the sums of
+            processors without 8-bit dot products; by default, where this is one.
+
+    """
+
+    fp32: tuple[str, ...] = ()
+    depthwise: bool = False
+    reduce_range: bool | None = None
+
+    name: ClassVar[str] = "insert-observers"
+    keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS})
+    gives: ClassVar[Facts] = frozenset({OBSERVED})
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        """Insert; changes counts observers."""
+        present = {DEQUANTIZE, FAKE_QUANTIZE}
+        if sites(program) or any(node.target in present for node in program.graph.nodes):
+            return Outcome()
+        skips, chosen = [], set()
+        for node in program.graph.nodes:
+            pattern = pattern_of(node)
+            if pattern is None or pattern.weight is None:
+                continue
+            if reason := self._obstacle(program, node):
+                skips.append(Skip(node.name, reason))
+            else:
+                chosen.add(node)
+        placement = place(program, frozenset(chosen))
+        layers = {node.name: weight_name(node) for node in placement.layers}
+        others = tuple(node.name for node in placement.others)
+        reduced = sums_overflow() if self.reduce_range is None else self.reduce_range
+        count = observe(program, placement, REDUCED_CODE if reduced else WEIGHT_CODE)
+        program.put(OBSERVED, Quantized(layers, others))
+        notes = [REDUCED_NOTE] if reduced else []
+        details = {"layers": len(layers), "others": len(others), "notes": notes}
+        return Outcome(count, tuple(skips), details)
+
+    def _obstacle(self, program: Program, layer: fx.Node) -> str | None:
+        weight = layer.args[1]
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            return "its weight is computed, not stored"
+        names = (str(weight.target), layer.name, str(weight.target).rpartition(".")[0])
+        if any(fnmatchcase(name, glob) for name in names for glob in self.fp32):
+            return "it is to stay in floating point"
+        if is_depthwise(layer) and not self.depthwise:
+            return "depthwise convolutions are faster in floating point"
+        if any(packet_of(user) is aten.batch_norm for user in layer.users):
+            return "a batch norm follows it; run fold-batchnorm first"
+        tensor = program.tensor(str(weight.target))
+        if any(not _reads_as_weight(user) for user in _readers(program, tensor)):
+            return "its weight has other readers than layers"
+        return None
+
+
+def _readers(program: Program, tensor: Tensor) -> list[fx.Node]:
+    return [
+        user
+        for node in program.tensor_nodes()
+        if program.tensor(str(node.target)) is tensor
+        for user in node.users
+    ]
+
+
+def _reads_as_weight(user: fx.Node) -> bool:
+    pattern = pattern_of(user)
+    return pattern is not None and pattern.weight is not None
