@@ -73,7 +73,9 @@ def activation_bytes(program: Program) -> int:
         for leaf in pytree.tree_leaves(node.meta["val"])
         if isinstance(leaf, Tensor)
     )
-    return max(1, sum(value.numel() * value.element_size() for value in values) // _batch(program))
+    return max(
+        1, sum(value.numel() * value.element_size() for value in values) // batch_of(program)
+    )
 
 
 def terms(program: Program) -> Iterator[Term]:
@@ -88,14 +90,14 @@ def terms(program: Program) -> Iterator[Term]:
         if isinstance(tensor, torch.nn.Parameter):
             yield Term("params", node, 1.0, places)
         yield Term("weight_bytes", node, float(tensor.element_size()), places)
-    batch = _batch(program)
+    batch = batch_of(program)
     for node in program.graph.nodes:
         rule = MACS.get(getattr(node.target, "overloadpacket", None))
         for places in rule(node) if rule else ():
             yield Term("macs", node, 1.0 / batch, places)
 
 
-def _batch(program: Program) -> int:
+def batch_of(program: Program) -> int:
     """Samples in the example inputs; a program of fixed size counts as one sample."""
     leaves = pytree.tree_leaves(program.example_inputs)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -141,9 +143,7 @@ def cost_model(program: Program, groups: Sequence[Group]) -> CostModel:
 
     Frozen groups may be among ``groups``; their counts are to stay zero.
     """
-    prefer = groups[0].preference if groups else "heads"
-    analysis = analyse(program, prefer)
-    unit = _group_of_identity(analysis, groups)
+    shrinkage = Shrinkage.of(program, groups)
     table: dict[tuple[Any, ...], int] = {}
     sizes: list[float] = []
     shrinks: list[NDArray[np.float64]] = []
@@ -152,7 +152,7 @@ def cost_model(program: Program, groups: Sequence[Group]) -> CostModel:
         factor, dims = term.factor, []
         for node, dim in term.places:
             size = shape_of(node)[dim]
-            shrink = _shrink(analysis, unit, node, dim, groups)
+            shrink = shrinkage.at(node, dim)
             if shrink is None:
                 factor *= size
                 continue
@@ -181,26 +181,34 @@ def cost_model(program: Program, groups: Sequence[Group]) -> CostModel:
     )
 
 
-def _group_of_identity(analysis: Analysis, groups: Sequence[Group]) -> Ints:
-    """By identity, the number of its group in ``groups``, or -1."""
-    by_component = np.full(len(analysis.component), -1, dtype=np.int64)
-    current = {group.name: group for group in analysis.groups}
-    for number, group in enumerate(groups):
-        by_component[current[group.name].components] = number
-    return by_component[analysis.component]
+@dataclass(frozen=True, eq=False)
+class Shrinkage:
+    """By how much the units of groups shrink the dimensions of a program's values."""
 
+    analysis: Analysis
+    group_of: Ints  # by identity, the number of its group, or -1
+    units: NDArray[np.float64]
 
-def _shrink(
-    analysis: Analysis, group_of: Ints, node: fx.Node, dim: int, groups: Sequence[Group]
-) -> NDArray[np.float64] | None:
-    """By how much one unit of each group shrinks a dimension; None where nothing does."""
-    labels = analysis.flow.values.get(node)
-    layer = next(labels.at(dim), None) if isinstance(labels, Labels) else None
-    if layer is None:
-        return None
-    numbers = group_of[layer.ids.numpy()]
-    numbers = numbers[(numbers >= 0) & (layer.ids.numpy() != 0)]
-    if not numbers.size:
-        return None
-    places = np.bincount(numbers, minlength=len(groups)).astype(np.float64)
-    return places / np.array([len(group.units) for group in groups], dtype=np.float64)
+    @classmethod
+    def of(cls, program: Program, groups: Sequence[Group]) -> Shrinkage:
+        """Analyse a program that the groups were found in."""
+        analysis = analyse(program, groups[0].preference if groups else "heads")
+        by_component = np.full(len(analysis.component), -1, dtype=np.int64)
+        current = {group.name: group for group in analysis.groups}
+        for number, group in enumerate(groups):
+            by_component[current[group.name].components] = number
+        units = np.array([len(group.units) for group in groups], dtype=np.float64)
+        return cls(analysis, by_component[analysis.component], units)
+
+    def at(self, node: fx.Node, dim: int) -> NDArray[np.float64] | None:
+        """By how much one unit of each group shrinks a dimension; None where nothing does."""
+        labels = self.analysis.flow.values.get(node)
+        layer = next(labels.at(dim), None) if isinstance(labels, Labels) else None
+        if layer is None:
+            return None
+        numbers = self.group_of[layer.ids.numpy()]
+        numbers = numbers[(numbers >= 0) & (layer.ids.numpy() != 0)]
+        if not numbers.size:
+            return None
+        places = np.bincount(numbers, minlength=len(self.units)).astype(np.float64)
+        return places / self.units
