@@ -10,6 +10,7 @@ from fxprune.passes.annotate_sensitivity import AnnotateSensitivity
 from fxprune.passes.convert_quantized import ConvertQuantized
 from fxprune.passes.finetune import Finetune
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
+from fxprune.passes.implant_low_rank import ImplantLowRank
 from fxprune.passes.insert_observers import InsertObservers
 from fxprune.passes.plan_channels import PlanChannels
 from fxprune.passes.recalibrate_norms import RecalibrateNorms
@@ -22,6 +23,7 @@ ALL: tuple[type[Pass], ...] = (
     AnnotateSensitivity,
     PlanChannels,
     RemoveChannels,
+    ImplantLowRank,
     RecalibrateNorms,
     Reconstruct,
     Finetune,
@@ -37,6 +39,7 @@ __all__ = [
     "ConvertQuantized",
     "Finetune",
     "FoldBatchNorm",
+    "ImplantLowRank",
     "InsertObservers",
     "PlanChannels",
     "RecalibrateNorms",

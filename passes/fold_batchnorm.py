@@ -11,9 +11,10 @@ After:
     bias'   = beta + (bias - mean) * gamma / sqrt(var + eps)
 
 Dense, grouped, depthwise and transposed convolutions of any dimension, and linear layers; in
-float64. Declines where the layer's output or its weights have other readers, where a weight is
-computed rather than stored, where the norm has no running statistics or is in training mode, and
-where its channels are not the layer's.
+float64; also where the norm reads a concat of such layers, or of slices of them. Declines where
+the layer's output or its weights have other readers, where a weight is computed rather than
+stored, where the norm has no running statistics or is in training mode, and where its channels
+are not the layer's.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, fx
 
 from fxprune.context import Context
 from fxprune.facts import MASKS, REMOVED
+from fxprune.joins import makers, read_elsewhere
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
 from fxprune.program import Program, shape_of
 from fxprune.surgery import drop_unused, read_tensor, replace_node, set_tensor, unused_name
@@ -67,15 +69,20 @@ class FoldBatchNorm(Pass):
 
 
 def _obstacle(program: Program, norm: fx.Node) -> str | None:
-    layer: Any = norm.args[0]
-    if _packet(layer) not in OUT_DIM:
+    value: Any = norm.args[0]
+    layers = makers(value)
+    if any(_packet(layer) not in OUT_DIM for layer in layers):
         return "its input is not a convolution or linear layer"
-    if len(layer.users) > 1:
-        return f"the output of {layer.name} has other readers"
+    if (shared := read_elsewhere(value)) is not None:
+        return f"the output of {shared.name} has other readers"
     if not all(isinstance(item, fx.Node) for item in norm.args[3:5]):
         return "it has no running statistics; it normalises by the batch even in evaluation"
     if norm.args[5]:
         return "it is in training mode; call Program.eval() first"
+    return next(filter(None, (_obstacle_in(program, norm, layer) for layer in layers)), None)
+
+
+def _obstacle_in(program: Program, norm: fx.Node, layer: Any) -> str | None:
     stored = [item for item in (layer.args[1], _bias(layer)) if isinstance(item, fx.Node)]
     rest = [item for item in norm.args[1:5] if isinstance(item, fx.Node)]
     for part in [*stored, *rest]:
@@ -107,24 +114,31 @@ def _bias(layer: fx.Node) -> Any:
 
 
 def _fold(program: Program, norm: fx.Node) -> None:
-    layer: Any = norm.args[0]
-    weight_name, bias_node = str(layer.args[1].target), _bias(layer)
-    weight = program.tensor(weight_name)
+    value: Any = norm.args[0]
     gamma, beta, mean, variance = (_value(program, item) for item in norm.args[1:5])
-    bias = _value(program, bias_node)
     eps: Any = norm.args[7]
     scale = (variance + eps).rsqrt() * (1.0 if gamma is None else gamma)
-    shift = (0.0 if beta is None else beta) + ((0.0 if bias is None else bias) - mean) * scale
+    shift = (0.0 if beta is None else beta) - mean * scale
+    for layer, channels in makers(value).items():
+        mine = channels.to(scale.device)
+        _fold_into(program, layer, scale[mine], shift[mine])
+    replace_node(program, norm, value)
+
+
+def _fold_into(program: Program, layer: Any, scale: Tensor, shift: Tensor) -> None:
+    """Let a layer scale and shift its outputs."""
+    weight_name, bias_node = str(layer.args[1].target), _bias(layer)
+    weight, bias = program.tensor(weight_name), _value(program, bias_node)
     folded = weight.detach().double() * _along_outputs(layer, scale, weight)
     set_tensor(program, weight_name, folded.to(weight.dtype))
     if bias is not None:
+        shift = shift + bias * scale
         set_tensor(program, str(bias_node.target), shift.to(weight.dtype))
-    else:
-        name = unused_name(program, f"{weight_name.removesuffix('weight')}bias")
-        value = shift.to(weight.dtype).requires_grad_(weight.requires_grad)
-        set_tensor(program, name, value)
-        _set_bias(layer, read_tensor(program, name, before=layer))
-    replace_node(program, norm, layer)
+        return
+    name = unused_name(program, f"{weight_name.removesuffix('weight')}bias")
+    value = shift.to(weight.dtype).requires_grad_(weight.requires_grad)
+    set_tensor(program, name, value)
+    _set_bias(layer, read_tensor(program, name, before=layer))
 
 
 def _along_outputs(layer: fx.Node, scale: Tensor, weight: Tensor) -> Tensor:

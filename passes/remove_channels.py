@@ -7,17 +7,21 @@ After (plan: units 1, 4, 7, 9 of the group of conv1):
     conv1.weight 12x3x3x3, bn1.weight 12, conv2.weight 32x12x3x3
 
 Every parameter dimension that a unit occupies is sliced, and sizes that the trace baked into views,
-splits, paddings and groups follow. What is left of each dense value is recorded for later passes.
+splits, paddings and groups follow. What is left of each dense value is recorded for later passes;
+of the plan, the implants remain.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
+
+import numpy as np
 
 from fxprune.context import Context
 from fxprune.errors import PreconditionError
-from fxprune.facts import PLAN, REMOVED
+from fxprune.facts import MASKS, PLAN, REMOVED
 from fxprune.groups import find_groups
 from fxprune.pipeline import Facts, Outcome, Pass
 from fxprune.program import Program
@@ -31,6 +35,7 @@ class RemoveChannels(Pass):
     name: ClassVar[str] = "remove-channels"
     needs: ClassVar[Facts] = frozenset({PLAN})
     gives: ClassVar[Facts] = frozenset({REMOVED})
+    keeps: ClassVar[Facts] = frozenset({MASKS, PLAN})
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Remove every planned unit; changes counts units."""
@@ -42,4 +47,14 @@ class RemoveChannels(Pass):
                 "plan again after changing the program"
             )
         removed = remove_units(program, {groups[name]: ids for name, ids in plan.remove.items()})
+        implant = {
+            name: _renumbered(ids, plan.remove.get(name, ())) for name, ids in plan.implant.items()
+        }
+        program.put(PLAN, replace(plan, remove={}, implant=implant))
         return Outcome(removed, details={"groups": len(plan.remove)})
+
+
+def _renumbered(units: Sequence[int], removed: Sequence[int]) -> tuple[int, ...]:
+    """The numbers of units once others before them are gone."""
+    left = np.setdiff1d(units, removed)
+    return tuple((left - np.searchsorted(sorted(removed), left)).tolist())

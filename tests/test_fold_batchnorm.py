@@ -6,6 +6,7 @@ from support import assert_same, check, randomise_norms, trace
 from torch import Tensor, nn
 
 from fxprune.context import Context
+from fxprune.graph_text import graph_text
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
 from fxprune.pipeline import Outcome
 
@@ -171,3 +172,42 @@ def test_a_new_bias_does_not_take_the_name_of_another_tensor() -> None:
     assert set(program.graph_module.state_dict()) == {"weight", "bias", "bias_1"}
     with torch.no_grad():
         assert_same(program(X), model(X))
+
+
+class Joined(nn.Module):
+    """A norm after a concat of slices, in another order than the layers computed them."""
+
+    def __init__(self, *, spare: bool = False) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = (
+            nn.Conv2d(3, 4, 1),
+            nn.Conv2d(3, 6, 3, padding=1),
+            nn.BatchNorm2d(10),
+        )
+        self.spare = spare
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.one(x), self.two(x)
+        cut = torch.ops.aten.slice.Tensor
+        parts = [cut(two, 1, 0, 2), cut(one, 1, 1, 4), cut(two, 1, 2, 6), cut(one, 1, 0, 1)]
+        y = self.norm(torch.cat(parts, 1))
+        return y + one.mean() if self.spare else y  # type: ignore[no-any-return]
+
+
+def test_folds_into_layers_that_a_concat_joins() -> None:
+    x = torch.randn(2, 3, 6, 6)
+    for model in (Joined(), nn.Sequential(Joined(), nn.ReLU())):
+        program = trace(randomise_norms(model), x)
+        expected = program(x)
+        assert FoldBatchNorm()(program, Context()).changes == 1
+        assert "batch_norm" not in graph_text(program)
+        assert not any(
+            node.target is torch.ops.aten.batch_norm.default for node in program.graph.nodes
+        )
+        assert_same(program(x), expected)
+
+
+def test_leaves_a_concat_whose_parts_have_other_readers() -> None:
+    program = trace(randomise_norms(Joined(spare=True)), torch.randn(2, 3, 6, 6))
+    (skip,) = FoldBatchNorm()(program, Context()).skips
+    assert skip.reason == "the output of conv2d has other readers"

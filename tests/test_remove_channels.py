@@ -44,7 +44,8 @@ def test_removes_the_units_of_the_plan() -> None:
 def test_what_was_decided_before_the_cut_is_gone_after_it() -> None:
     program = planned({"0.weight:0": (0,)})
     RemoveChannels()(program, Context())
-    assert set(program.facts) == {REMOVED.name}
+    assert set(program.facts) == {REMOVED.name, PLAN.name}
+    assert program.get(PLAN) == Plan({})
     kept = program.get(REMOVED).kept
     assert all(
         indices.tolist() == list(range(1, 8)) for dims in kept.values() for indices in dims.values()
@@ -64,3 +65,12 @@ def test_refuses_a_plan_of_another_program() -> None:
     program = planned({"7.weight:0": (0,)})
     with pytest.raises(PreconditionError, match=r"7.weight:0; plan again"):
         RemoveChannels()(program, Context())
+
+
+def test_implants_follow_their_units() -> None:
+    program = planned({"0.weight:0": (1, 4, 6)})
+    implant = {"0.weight:0": (0, 3, 6, 7)}
+    program.put(PLAN, Plan({"0.weight:0": (1, 4, 6)}, implant, ("a note",), kinds={"w": "pair:2"}))
+    RemoveChannels()(program, Context())
+    left = {"0.weight:0": (0, 2, 4)}
+    assert program.get(PLAN) == Plan({}, left, ("a note",), kinds={"w": "pair:2"})

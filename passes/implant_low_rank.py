@@ -1,0 +1,141 @@
+"""Replace the outputs that the plan names by a cheaper operator, fitted to calibration samples.
+
+Before (plan: units 1, 4, 7, 9 of 16 get an implant):
+    conv2d: 8x16x32x32 = conv2d(x, weight 16x16x3x3)
+
+After:
+    kept: 8x12x32x32 = conv2d(x, kept_weight 12x16x3x3)
+    implant: 8x4x32x32 = conv2d(x, implant0_weight 4x16x1x1, implant0_bias 4)
+    conv2d: 8x16x32x32 = cat(kept, implant)
+
+The units of the group are reordered so that the implanted ones come last, in every tensor that
+they occupy; that alone changes nothing. The implant is fitted by least squares to what the layer
+computed (after HAP, Yu et al. 2022, where it starts at zero). Declines grouped, transposed and
+three-dimensional convolutions, shared or computed weights, and layers where nothing is saved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from fxprune.context import Context
+from fxprune.errors import InputError, PreconditionError
+from fxprune.facts import PLAN, REMOVED, Plan
+from fxprune.groups import Group, find_groups
+from fxprune.implant_fits import fit
+from fxprune.implant_moments import Moments, Sampling, measure
+from fxprune.implant_places import output_scale, rows_of, sites_of, units_last
+from fxprune.implant_surgery import put_implant
+from fxprune.implants import Implant, Kind, Site
+from fxprune.pipeline import Facts, Outcome, Pass, Skip
+from fxprune.program import Program
+
+
+@dataclass(frozen=True)
+class ImplantLowRank(Pass):
+    """Put the implants of the plan in, after its removals.
+
+    Attributes:
+        kind: what implants consist of where the plan does not say: ``auto`` takes the kind that
+            leaves the least variance unexplained per cost saved.
+        rank: of low-rank implants and pairs, as a share of the outputs; with ``auto`` only where a
+            1 x 1 is no candidate, else it is the largest that costs no more than the 1 x 1.
+        ridge: of the least squares, relative to the mean square of what is read.
+        samples: how many calibration samples at most, drawn at random.
+        batch_size: the most samples per batch.
+        positions: how many positions of each layer at most.
+
+    """
+
+    kind: Literal["auto", "pointwise", "depthwise", "pair", "low-rank"] = "auto"
+    rank: float = 0.25
+    ridge: float = 0.0
+    samples: int = 512
+    batch_size: int = 64
+    positions: int = 65536
+
+    name: ClassVar[str] = "implant-low-rank"
+    needs: ClassVar[Facts] = frozenset({PLAN})
+    keeps: ClassVar[Facts] = frozenset({REMOVED})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rank <= 1 or self.ridge < 0:
+            raise InputError("rank must lie between 0 and 1, and ridge must not be negative")
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        """Reorder, fit and replace; changes counts layers."""
+        plan = program.get(PLAN)
+        if plan.remove and plan.implant:
+            raise PreconditionError("the plan still has units to remove; run remove-channels first")
+        chosen = _chosen(program, plan)
+        sites, skips = sites_of(program, chosen)
+        affected = {
+            group: units for group, units in chosen.items() if rows_of(sites, {group: units})
+        }
+        now, stuck = units_last(program, affected)
+        places, skips = rows_of(sites, now), [*skips, *stuck]
+        moments = measure(program, list(places), context, self._sampling)
+        changes, told = 0, []
+        for site, rows in places.items():
+            found = self._fitted(program, site, rows, moments[site.node.name], plan)
+            if isinstance(found, str):
+                skips.append(Skip(site.node.name, found))
+                continue
+            told.append(_told(site, rows, found))
+            put_implant(program, site, rows, found)
+            changes += 1
+        return Outcome(changes, tuple(skips), {"implants": told})
+
+    @property
+    def _sampling(self) -> Sampling:
+        return Sampling(self.samples, self.batch_size, self.positions)
+
+    def _fitted(
+        self, program: Program, site: Site, rows: list[int], moments: Moments, plan: Plan
+    ) -> Implant | str:
+        """Fit the best of the candidates, or say why there is none."""
+        kinds: list[Kind | None] = [*site.kinds(len(rows), self.rank)]
+        if site.weight in plan.kinds:
+            kinds = [Kind.parse(plan.kinds[site.weight])]
+        elif self.kind != "auto":
+            kinds = [site.kind(self.kind, len(rows), self.rank)]
+        whole = site.macs(len(rows))
+        cheaper = [kind for kind in kinds if kind and site.macs(len(rows), kind) < whole]
+        if not cheaper:
+            return "no kind of implant would be cheaper than the outputs that it replaces"
+        weight = program.tensor(site.weight).detach()[rows]
+        bias = None if site.bias is None else program.tensor(site.bias).detach()[rows]
+        scale = output_scale(program, site)
+        fitted = [
+            fit(site, weight, bias, moments, kind, ridge=self.ridge,
+                scale=None if scale is None else scale[rows])
+            for kind in cheaper
+        ]  # fmt: skip
+        return min(
+            fitted,
+            key=lambda implant: (
+                float(implant.unexplained.mean()) / (whole - site.macs(len(rows), implant.kind))
+            ),
+        )
+
+
+def _chosen(program: Program, plan: Plan) -> dict[Group, tuple[int, ...]]:
+    """The groups of the plan, with the units to implant."""
+    found = {group.name: group for group in find_groups(program)}
+    if missing := sorted(set(plan.implant) - set(found)):
+        raise PreconditionError(
+            f"the plan names groups that the program does not have: {', '.join(missing[:3])}; "
+            "plan again after changing the program"
+        )
+    return {found[name]: units for name, units in plan.implant.items() if units}
+
+
+def _told(site: Site, rows: list[int], implant: Implant) -> dict[str, Any]:
+    return {
+        "layer": site.weight,
+        "kind": str(implant.kind),
+        "outputs": len(rows),
+        "unexplained": round(float(implant.unexplained.mean()), 4),
+        "macs": site.macs(len(rows), implant.kind) / site.macs(len(rows)),
+    }
