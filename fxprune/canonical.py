@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.parametrisation import fold_parametrisations
 from fxprune.program import Program
 
 aten = torch.ops.aten
@@ -17,10 +18,13 @@ aten = torch.ops.aten
 def canonicalise(program: Program) -> None:
     """Drop guards and assertions, make in-place calls functional, spell splits by their sizes.
 
+    Parametrised weights become plain ones of the same name.
+
     Leaves an in-place call where a view of its operand is read later, since the two would part.
     """
     _drop_checks(program.graph)
     _make_functional(program.graph)
+    fold_parametrisations(program)
     program.refresh()
     _spell_splits_by_sizes(program.graph)
 

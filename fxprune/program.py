@@ -94,7 +94,7 @@ class Program:
         """Set batch norms and dropouts to training; returns the program itself."""
         for node in self.graph.nodes:
             position = MODE_ARGUMENT.get(str(node.target))
-            if position is not None:
+            if position is not None and not _is_without_statistics(node):
                 node.update_arg(position, mode)
         self.graph_module.recompile()
         return self
@@ -152,6 +152,11 @@ class Program:
                 raise PostconditionError(
                     f"node {node.name} was recorded as {tuple(old.shape)} but is {tuple(new.shape)}"
                 )
+
+
+def _is_without_statistics(node: fx.Node) -> bool:
+    """Whether a norm keeps no running statistics, so that its mode is not the model's."""
+    return str(node.target).endswith("_norm.default") and node.args[3] is None
 
 
 class _FakeParameters(FakeTensorProp):

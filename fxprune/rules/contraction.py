@@ -89,6 +89,21 @@ def addmm(flow: Flow, node: fx.Node) -> Any:
     return contract(flow, node, places, result)
 
 
+def bilinear(flow: Flow, node: fx.Node) -> Any:
+    """``y[..., o] = sum over i, j of x[..., i] w[o, i, j] z[..., j] + b[o]``."""
+    given = flow.arguments(node)
+    left, right = flow.labels(given["input1"]), flow.labels(given["input2"])
+    batch = _letters(len(left.shape) - 1)
+    places: list[tuple[Path, Labels, str]] = [
+        ((0,), left, batch + "x"),
+        ((1,), right, batch + "y"),
+        ((2,), flow.labels(given["weight"]), "zxy"),
+    ]
+    if isinstance(given["bias"], fx.Node):
+        places.append(((3,), flow.labels(given["bias"]), "z"))
+    return contract(flow, node, places, batch + "z")
+
+
 def einsum(flow: Flow, node: fx.Node) -> Any:
     """The product that its equation says; an ellipsis stands for leading dimensions."""
     equation, sources = node.args[0], node.args[1]
@@ -172,6 +187,7 @@ RULES: dict[Any, Rule] = {
     aten.dot: matmul,
     aten.addmm: addmm,
     aten.baddbmm: addmm,
+    aten.bilinear: bilinear,
     aten.einsum: einsum,
     aten.scaled_dot_product_attention: attention,
 }

@@ -14,12 +14,17 @@ aten = torch.ops.aten
 
 
 def per_channel(flow: Flow, node: fx.Node) -> Any:
-    """Batch and instance norm treat every channel alone."""
+    """Batch and instance norm treat every channel alone; what else they average over is mixed.
+
+    Batch norm without running statistics serves to standardise weights.
+    """
     given = flow.arguments(node)
     operand = flow.labels(given["input"])
     names = ("weight", "bias", "running_mean", "running_var")
     vectors = [flow.labels(given[name]) for name in names if isinstance(given[name], fx.Node)]
     layers = flow.align(node, [(operand, 1), *((vector, 0) for vector in vectors)], 1)
+    if given["running_mean"] is None:
+        flow.mix(node, operand.without(1))
     return Labels(operand.shape, operand.without(1) + layers)
 
 

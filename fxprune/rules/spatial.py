@@ -42,6 +42,7 @@ def embedding(flow: Flow, node: fx.Node) -> Any:
     """Rows are looked up by number and stay; the width is removable."""
     table = flow.labels(node.args[0])
     flow.freeze(node, table.at(0), "rows of an embedding are looked up by number", silent=True)
+    flow.freeze(node, flow.labels(node.args[1]).layers, "it says what to look up", silent=True)
     shape = tuple(node.meta["val"].shape)
     return Labels(shape, tuple(Layer(len(shape) - 1, layer.ids) for layer in table.at(1)))
 
