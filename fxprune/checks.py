@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import onnx
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -11,6 +14,7 @@ from fxprune.data import Data, batches
 from fxprune.errors import PostconditionError
 from fxprune.evaluate import Evaluation, class_axis, logits_of
 from fxprune.export import PARITY_LIMIT, ExportCheck
+from fxprune.facts import MASKS
 from fxprune.groups import Group
 from fxprune.program import Program
 from fxprune.report import Check
@@ -19,6 +23,7 @@ from fxprune.verify import sample_units, verify_removal
 
 EXACT = 1e-5  # relative, single precision
 SHARE = 0.25  # of the units of every group that zero-then-remove tries
+WEIGHT_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.INT8)
 ACCURACY_LIMIT = 0.001  # ties may fall differently in another runtime
 
 
@@ -112,3 +117,41 @@ def _drop(before: Evaluation, after: Evaluation, limit: float) -> Check:
     if before.accuracy is None or after.accuracy is None:
         return Check(True, False, None, limit, "accuracy could not be measured")
     return Check.of(100 * (before.accuracy - after.accuracy), limit, "points of accuracy lost")
+
+
+def check_masks(program: Program, path: Path) -> Check:
+    """Count the weights in an ONNX file that a mask says are zero and are not.
+
+    Weights are found by name, or by value where the exporter transposed and renamed them.
+    """
+    masks = program.get(MASKS)
+    stored = program.graph_module.state_dict()
+    arrays = {
+        item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
+        for item in onnx.load(path).graph.initializer
+        if item.data_type in WEIGHT_TYPES
+    }
+    wrong, missing = 0, []
+    for name, keep in masks.keep.items():
+        array = _in_file(name, stored.get(name), arrays)
+        if array is None or array.shape != keep.shape:
+            missing.append(name)
+        else:
+            wrong += int((array[~keep] != 0).sum())
+    found = len(masks.keep) - len(missing)
+    if not found:
+        return Check.skipped("no masked weight is in the file as one tensor")
+    note = f"{masks.pattern}: weights not zero in {found} masked tensors of the file"
+    if missing:
+        note += f"; not claimed for {', '.join(missing[:3])}, not in it as one tensor"
+    return Check.of(wrong, 0, note)
+
+
+def _in_file(name: str, tensor: Tensor | None, arrays: Mapping[str, Tensor]) -> Tensor | None:
+    """The initialiser that holds a tensor, the way round that the program has it."""
+    if name in arrays or tensor is None:
+        return arrays.get(name)
+    tensor = tensor.detach().cpu()
+    alike = [array for array in arrays.values() if array.dtype == tensor.dtype]
+    both = [*alike, *(array.T for array in alike if array.dim() == 2)]
+    return next((array for array in both if torch.equal(array, tensor)), None)

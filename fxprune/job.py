@@ -7,12 +7,12 @@ from pathlib import Path
 
 from fxprune.budget import Target
 from fxprune.checkpoint import Checkpoint, Journal, fingerprint
-from fxprune.checks import check_removal, result_checks
+from fxprune.checks import check_masks, check_removal, result_checks
 from fxprune.context import Context
 from fxprune.data import Data
 from fxprune.evaluate import Evaluation
 from fxprune.export import parity_limit
-from fxprune.facts import PLAN
+from fxprune.facts import MASKS, PLAN
 from fxprune.groups import Group
 from fxprune.measure import Judge, emit, measures
 from fxprune.options import Options
@@ -99,6 +99,8 @@ def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunRep
     checks |= result_checks(
         emission.small, before, after, in_file, options.max_drop, parity_limit(small)
     )
+    if MASKS.name in small.facts:
+        checks["masks"] = check_masks(small, aside / "model.onnx")
     if is_quantized(small):
         say("checking what ONNX Runtime made of the codes")
         checks["int8_fused"] = check_fusion(aside / "model.onnx")

@@ -143,7 +143,8 @@ def _features(node: fx.Node, value: Tensor, kernel: torch.Size) -> Tensor:
     last = range(2 + dims, 2 + 2 * dims)
     # channels, kernel, batch, positions
     spread: Tensor = value.permute(1, *last, 0, *range(2, 2 + dims))
-    return spread.flatten(1 + dims).flatten(0, dims).unflatten(0, (groups, -1))
+    found: Tensor = spread.flatten(1 + dims).flatten(0, dims).unflatten(0, (groups, -1))
+    return found
 
 
 def _each(value: Any, dims: int) -> list[int]:
@@ -166,4 +167,5 @@ def _padding(padding: Any, sizes: Any, dilation: list[int]) -> list[int]:
 def weight_rows(node: fx.Node, weight: Tensor) -> Tensor:
     """Spread a weight: groups x outputs per group x features."""
     groups: int = 1 if packet(node) is aten.linear else argument(node, "groups")
-    return weight.flatten(1).unflatten(0, (groups, -1))
+    found: Tensor = weight.flatten(1).unflatten(0, (groups, -1))
+    return found

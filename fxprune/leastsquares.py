@@ -45,8 +45,10 @@ class Moments:
     def zeros(cls, groups: int, features: int, outputs: int, device: torch.device) -> Moments:
         """Return the moments of nothing."""
         shapes = (features, features), (features, outputs), (features,), (outputs,), (outputs,)
-        zeros = [torch.zeros(groups, *s, dtype=torch.float64, device=device) for s in shapes]
-        return cls(*zeros)
+        gram, cross, seen, wanted, energy = (
+            torch.zeros(groups, *shape, dtype=torch.float64, device=device) for shape in shapes
+        )
+        return cls(gram, cross, seen, wanted, energy)
 
     def add(self, features: Tensor, wanted: Tensor) -> None:
         """Count positions: groups x f x n, and groups x outputs x n.

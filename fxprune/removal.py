@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from fxprune.errors import InputError, PostconditionError
-from fxprune.facts import REMOVED, Removed
+from fxprune.facts import MASKS, REMOVED, Masks, Removed
 from fxprune.groups import Analysis, Group, analyse
 from fxprune.labels import Labels
 from fxprune.program import Program
@@ -51,6 +51,7 @@ def remove_units(program: Program, doomed: Doomed) -> int:
     _check_sizes(kept)
     cut(program, kept)
     _record(program, kept)
+    _slice_masks(program, kept)
     return sum(len(units) for units in doomed.values())
 
 
@@ -181,3 +182,16 @@ def _record(program: Program, kept: Mapping[fx.Node, list[Kept]]) -> None:
             before = indices.setdefault(node.name, {}).get(dim, torch.arange(mask.numel()))
             indices[node.name][dim] = before[mask]
     program.put(REMOVED, Removed(indices))
+
+
+def _slice_masks(program: Program, kept: Mapping[fx.Node, list[Kept]]) -> None:
+    """Let masks follow the tensors that they are about."""
+    masks = program.facts.get(MASKS.name)
+    if masks is None:
+        return
+    left = dict(masks.keep)
+    dims = {str(node.target): found[0] for node, found in kept.items() if node.op == "get_attr"}
+    for name in left.keys() & dims.keys():
+        for dim, mask in dims[name].items():
+            left[name] = left[name].index_select(dim, mask.nonzero().squeeze(1))
+    program.put(MASKS, Masks(left, masks.pattern))

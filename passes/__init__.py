@@ -16,6 +16,7 @@ from fxprune.passes.plan_channels import PlanChannels
 from fxprune.passes.recalibrate_norms import RecalibrateNorms
 from fxprune.passes.reconstruct import Reconstruct
 from fxprune.passes.remove_channels import RemoveChannels
+from fxprune.passes.sparsify import Sparsify
 from fxprune.passes.train_quantized import TrainQuantized
 from fxprune.pipeline import Pass
 
@@ -24,6 +25,7 @@ ALL: tuple[type[Pass], ...] = (
     PlanChannels,
     RemoveChannels,
     ImplantLowRank,
+    Sparsify,
     RecalibrateNorms,
     Reconstruct,
     Finetune,
@@ -45,6 +47,7 @@ __all__ = [
     "RecalibrateNorms",
     "Reconstruct",
     "RemoveChannels",
+    "Sparsify",
     "TrainQuantized",
     "known",
 ]

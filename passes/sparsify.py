@@ -1,0 +1,134 @@
+"""Set weights to zero by a pattern that every later pass keeps.
+
+Before:
+    conv.weight 32x16x3x3
+
+After (pattern 2:4):
+    conv.weight 32x16x3x3, two of every four consecutive inputs zero in each row and kernel place
+
+The largest weights stay. Shapes do not change: zeros make a file smaller once it is compressed, and
+serve backends that skip them; ONNX Runtime computes with them as with any other number.
+
+``N:M`` counts blocks along the input channels, of each group on its own. Layers whose inputs per
+group are no multiple of M, such as depthwise ones, are declined; so are computed weights and those
+with readers other than layers. Biases and norms are never masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from fxprune.context import Context
+from fxprune.errors import InputError
+from fxprune.facts import MASKS, REMOVED, Masks
+from fxprune.layers import Layer, layers
+from fxprune.masks import blocked, blocks_of, input_axis, read_masks, smallest, uniform
+from fxprune.pipeline import Facts, Outcome, Pass, Skip
+from fxprune.program import Program
+from fxprune.surgery import set_tensor
+
+PATTERNS = ("unstructured", "uniform", "zeros", "file")
+
+
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Mask weights, and record the masks.
+
+    Attributes:
+        pattern: ``2:4`` and the like; ``unstructured`` for the smallest weights of all layers
+            together; ``uniform`` for those of each layer; ``zeros`` for those that are zero
+            already; ``file`` for masks of your own.
+        sparsity: the share of the weights that goes, for ``unstructured`` and ``uniform``.
+        cap: the largest share that goes of any one layer, for ``unstructured``.
+        file: safetensors by parameter name, zero or false where a weight goes.
+        protect: name patterns of weights or modules that stay as they are.
+
+    """
+
+    pattern: str = "2:4"
+    sparsity: float = 0.5
+    cap: float = 0.8
+    file: str = ""
+    protect: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "sparsify"
+    gives: ClassVar[Facts] = frozenset({MASKS})
+    keeps: ClassVar[Facts] = frozenset({REMOVED})
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        """Mask; changes counts the tensors that lost weights."""
+        self._check()
+        skips: list[Skip] = []
+        chosen = list(self._choose(program, skips))
+        weights = {layer.weight: program.tensor(layer.weight).detach() for layer in chosen}
+        masks = self._masks(program, chosen, weights)
+        earlier = program.facts.get(MASKS.name)
+        if earlier:
+            masks = _both(earlier.keep, masks)
+        changes = 0
+        for name, keep in masks.items():
+            weight = program.tensor(name).detach()
+            if bool((weight[~keep.to(weight.device)] != 0).any()):
+                set_tensor(program, name, weight * keep.to(weight.device))
+                changes += 1
+        program.put(MASKS, Masks({name: keep.cpu() for name, keep in masks.items()}, self.pattern))
+        total = sum(keep.numel() for keep in masks.values())
+        gone = total - sum(int(keep.sum()) for keep in masks.values())
+        details = {"masked": gone, "of": total, "sparsity": round(gone / max(total, 1), 4)}
+        return Outcome(changes, tuple(skips), details)
+
+    def _check(self) -> None:
+        if blocks_of(self.pattern) is None and self.pattern not in PATTERNS:
+            raise InputError(
+                f"sparsify has no pattern '{self.pattern}'; it has 2:4 and the like, "
+                f"{', '.join(PATTERNS)}"
+            )
+        for name in ("sparsity", "cap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
+        if (self.pattern == "file") != bool(self.file):
+            raise InputError("give file=masks.safetensors with pattern=file, and only then")
+
+    def _choose(self, program: Program, skips: list[Skip]) -> Iterator[Layer]:
+        """The layers that are masked; says of the others why not."""
+        blocks = blocks_of(self.pattern)
+        for layer in layers(program):
+            inputs = program.tensor(layer.weight).shape[input_axis(layer)]
+            names = layer.weight, layer.weight.rpartition(".")[0]
+            if any(fnmatchcase(name, glob) for name in names for glob in self.protect):
+                skips.append(Skip(layer.node.name, "protected by the user"))
+            elif blocks and inputs % blocks[1]:
+                reason = f"its {inputs} inputs per group are no multiple of {blocks[1]}"
+                skips.append(Skip(layer.node.name, reason))
+            else:
+                yield layer
+
+    def _masks(
+        self, program: Program, chosen: list[Layer], weights: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if self.pattern == "file":
+            return read_masks(Path(self.file), program)
+        if self.pattern == "zeros":
+            return {name: weight != 0 for name, weight in weights.items()}
+        if self.pattern == "uniform":
+            return uniform(weights, self.sparsity)
+        if self.pattern == "unstructured":
+            return smallest(weights, self.sparsity, self.cap)
+        blocks = blocks_of(self.pattern)
+        assert blocks is not None
+        axes = {layer.weight: input_axis(layer) for layer in chosen}
+        return {name: blocked(weight, axes[name], *blocks) for name, weight in weights.items()}
+
+
+def _both(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What both of two sets of masks keep."""
+    shared = {
+        name: keep & second[name].to(keep.device) for name, keep in first.items() if name in second
+    }
+    return {**first, **second, **shared}
