@@ -10,29 +10,31 @@ run can be broken off and taken up again. ``--retry`` tries the failed ones once
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
-import os
+import multiprocessing
 import resource
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tools.coverage_checks import examine
+from tools.coverage_models import load_zoo, suites
 from tools.coverage_table import markdown, summary
 
-ROOT = Path(__file__).resolve().parent.parent
 Record = dict[str, Any]
 
 
 def main() -> None:
     """Run what is asked for, then print the summary."""
     options = _options()
-    if options.one:
-        _child(*options.one.split(":"), onnx=options.onnx)
-        return
     records = _read(options.out)
     for suite, name in _wanted(options):
+        load_zoo(suite)
         known = records.get((suite, name))
         if known and not (options.retry and known["failed"]) and known["onnx"] >= options.onnx:
             continue
@@ -57,15 +59,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--gib", type=float, default=6, help="memory limit for a model")
     parser.add_argument("--no-onnx", dest="onnx", action="store_false", help="leave ONNX out")
     parser.add_argument("--retry", action="store_true", help="run failed models again")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def _wanted(options: argparse.Namespace) -> list[tuple[str, str]]:
     wanted = [(item.split(":", 1)[0], item.split(":", 1)[1]) for item in options.model]
     if options.suite:
-        from tools.coverage_models import suites  # needs the model zoos, which the table does not
-
         known = suites()
         if unknown := set(options.suite) - set(known):
             raise SystemExit(f"no suite {', '.join(unknown)}; there are {', '.join(known)}")
@@ -82,39 +81,36 @@ def _read(path: Path) -> dict[tuple[str, str], Record]:
 
 def _run(suite: str, name: str, options: argparse.Namespace) -> Record:
     """Examine one model in a process of its own, within limits of time and memory."""
-    command = [sys.executable, "-m", "tools.coverage", "--one", f"{suite}:{name}"]
-    command += [] if options.onnx else ["--no-onnx"]
-    limit = int(options.gib * 2**30)
-    start, why = time.monotonic(), ""
+    start = time.monotonic()
     record: Record = {"suite": suite, "model": name, "onnx": options.onnx, "step": "start"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
-    ) as process:  # fmt: skip
-        try:
-            output, errors = process.communicate(timeout=options.seconds)
-            why = errors.strip().splitlines()[-1] if process.returncode and errors.strip() else ""
-        except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
-            why = f"not done within {options.seconds:g} s"
-    lines = [line for line in output.splitlines() if line.startswith("{")]
-    record.update(json.loads(lines[-1]) if lines else {})
+    # Forked, so that what the parent has imported need not be imported for every model.
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(suite, name, options.onnx, options.gib, sender))
+    child.start()
+    sender.close()
+    why = None
+    try:
+        while receiver.poll(max(start + options.seconds - time.monotonic(), 0)):
+            record.update(receiver.recv())
+        why = f"not done within {options.seconds:g} s"
+        child.kill()
+    except EOFError:
+        child.join()
+        why = f"the process ended with {child.exitcode}"
+    child.join()
     if record["step"] != "done" and not record.get("failed"):
-        ended = f"the process ended with {process.returncode}"
-        record.update(failed=record["step"], why=why or ended)
+        record.update(failed=record["step"], why=why)
     return {"failed": None, "why": None, **record, "wall_s": round(time.monotonic() - start, 1)}
 
 
-def _child(suite: str, name: str, *, onnx: bool) -> None:
-    """Examine one model here, printing the record after every step."""
-    import torch
-
-    from tools.coverage_checks import examine
-
+def _child(suite: str, name: str, onnx: bool, gib: float, sender: Connection) -> None:
+    """Examine one model here, telling the record after every step."""
+    limit = int(gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)
-    print(json.dumps(examine(suite, name, onnx, lambda r: print(json.dumps(r), flush=True))))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        sender.send(examine(suite, name, onnx, sender.send))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,15 @@ def suites() -> dict[str, Callable[[], list[str]]]:
     }
 
 
+def load_zoo(suite: str) -> None:
+    """Import what a suite's models come from."""
+    enable_torchvision()
+    if suite != "layers":
+        importlib.import_module(
+            {"timm": "timm", "huggingface": "transformers"}.get(suite, "torchvision")
+        )
+
+
 def build(suite: str, name: str) -> Case:
     """Make a model with random weights, and inputs that run it."""
     enable_torchvision()
