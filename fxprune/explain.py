@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import fx
 
 
@@ -19,3 +21,26 @@ def describe(node: fx.Node) -> str:
     if lines:
         parts.append(lines[-1].removeprefix("File ").replace(", in forward", ""))
     return ", ".join(parts)
+
+
+def fixed_by(node: fx.Node, labelled: Callable[[fx.Node], bool]) -> str:
+    """Say why a value's dimension cannot shrink: follow it to where nothing removable enters.
+
+    Args:
+        node: the value.
+        labelled: whether something may be removed from a value along some dimension.
+
+    """
+    current = node
+    while current.op not in ("placeholder", "get_attr"):
+        sources = current.all_input_nodes
+        if not sources:
+            return f"made by {current.target} of no weights"
+        if any(map(labelled, sources)):
+            return f"whose size is fixed by {describe(current)}"
+        current = sources[0]
+    if current.op == "get_attr":
+        return f"read from {current.target}"
+    if current is node:
+        return "an input of the model"
+    return f"computed from the model's input {current.name}"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.choices import Choices, Survey
-from fxprune.explain import describe
+from fxprune.explain import describe, fixed_by
 from fxprune.facts import Slot
-from fxprune.labels import Labels, Layer, Split, gather, rows
+from fxprune.labels import Labels, Layer, Split, gather, rows, unlabelled
 from fxprune.merging import Merges, Reason
 from fxprune.program import Program
 
@@ -73,17 +73,18 @@ class Flow:
     def _visit(self, node: fx.Node) -> Any:
         match node.op:
             case "placeholder":
-                return _unlabelled(node.meta.get("val"))
+                return unlabelled(node.meta.get("val"))
             case "get_attr":
                 return self._parameter(node)
             case "output":
-                self.freeze_all(node, node.all_input_nodes, "it reaches the model's output")
+                for source in node.all_input_nodes:
+                    self.freeze_all(source, [source], "it is an output of the model")
                 return None
         if node.target is operator.getitem:
             found, number = self.values[node.all_input_nodes[0]], node.args[1]
             if isinstance(found, list) and isinstance(number, int):
                 return found[number]
-            return _unlabelled(node.meta["val"])
+            return unlabelled(node.meta["val"])
         rule = self.rules.get(getattr(node.target, "overloadpacket", node.target))
         if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
             rule = self.rules["pointwise"]
@@ -114,7 +115,7 @@ class Flow:
         return self.slot(Slot(f"node:{node.name}", number), size)
 
     def _unknown(self, node: fx.Node) -> Any:
-        if (unlabelled := _unlabelled(node.meta.get("val"))) is None:
+        if (outputs := unlabelled(node.meta.get("val"))) is None:
             return None  # a size, not a tensor
         self.freeze_all(
             node,
@@ -122,7 +123,7 @@ class Flow:
             f"no rule is known for operator {node.target}; register one with "
             "fxprune.operator_rule if its dimensions may shrink",
         )
-        return unlabelled
+        return outputs
 
     # What rules call.
 
@@ -199,13 +200,16 @@ class Flow:
 
         """
         met = [
-            (labels, tuple(labels.at(dim))) for labels, dim in participants if labels.shape[dim] > 1
+            (labels, dim, tuple(labels.at(dim)))
+            for labels, dim in participants
+            if labels.shape[dim] > 1
         ]
-        labelled = [layers for _, layers in met if layers]
+        labelled = [layers for *_, layers in met if layers]
         if not labelled:
             return ()
         if len(labelled) < len(met):
-            why = "it meets a dimension that nothing can shrink, such as the model's input"
+            labels, dim = next((labels, dim) for labels, dim, layers in met if not layers)
+            why = self._fixed(node, labels, dim)
             for layers in labelled:
                 self.freeze(node, layers, why)
             return ()
@@ -214,6 +218,14 @@ class Flow:
             for left, right in zip(first, layers, strict=False):
                 self.merge(node, left.ids, right.ids)
         return tuple(Layer(out_dim, layer.ids) for layer in first)
+
+    def _fixed(self, node: fx.Node, labels: Labels, dim: int) -> str:
+        """Say which dimension nothing can shrink, and why."""
+        source = next((n for n in node.all_input_nodes if self.values.get(n) is labels), None)
+        if source is None:
+            return "it meets a dimension whose size is fixed"
+        why = fixed_by(source, lambda value: bool(self.labels(value).layers))
+        return f"it meets dimension {dim} of {source.name}, {why}"
 
     def settle(self, node: fx.Node, key: int, source: Layer, ids: Tensor) -> tuple[Layer, ...]:
         """Turn moved identities into layers, choosing one factor where a dimension was split."""
@@ -238,11 +250,3 @@ class Flow:
             real = matrix != 0
             self.merge(node, left[real], matrix[real])
         return Layer(dim, first)
-
-
-def _unlabelled(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return Labels(tuple(value.shape))
-    if isinstance(value, (list, tuple)):
-        return [_unlabelled(item) for item in value]
-    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -36,6 +37,15 @@ class Labels:
         """Return the layers on other dimensions than these."""
         gone = {dim % len(self.shape) for dim in dims}
         return tuple(layer for layer in self.layers if layer.dim not in gone)
+
+
+def unlabelled(value: Any) -> Any:
+    """Return labels without layers for a fake tensor, or for each of several; None for others."""
+    if isinstance(value, Tensor):
+        return Labels(tuple(value.shape))
+    if isinstance(value, (list, tuple)):
+        return [unlabelled(item) for item in value]
+    return None
 
 
 def spread(layer: Layer, shape: tuple[int, ...]) -> Tensor:

@@ -163,7 +163,7 @@ def test_the_users_model_is_left_alone() -> None:
 def test_frozen_groups_and_whole_groups_are_refused() -> None:
     program = trace(PaddedShortcut(), torch.randn(1, 3, 8, 8))
     groups = {group.name: group for group in fxprune.find_groups(program)}
-    with pytest.raises(InputError, match="is frozen: it reaches the model's output"):
+    with pytest.raises(InputError, match="is frozen: it is an output of the model"):
         fxprune.remove_units(program, {groups["head.weight:0"]: [0]})
     with pytest.raises(InputError, match="would lose all of its 8 units"):
         fxprune.remove_units(program, {groups["stem.weight:0"]: range(8)})
