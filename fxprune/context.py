@@ -29,6 +29,7 @@ class Context:
         loss: ``loss(outputs, target) -> scalar`` (mean over the batch).
         dense: the program before the first pass; the pipeline fills it in if absent.
         progress: how long work shows itself.
+        threads: of ONNX Runtime, where latency matters.
 
     """
 
@@ -38,6 +39,7 @@ class Context:
     loss: Loss = F.cross_entropy
     dense: Program | None = None
     progress: Tracker = field(default_factory=Tracker)
+    threads: int = 1
 
     @functools.cached_property
     def samples(self) -> Data:

@@ -23,8 +23,6 @@ from fxprune.quantization_onnx import is_quantized
 from fxprune.report import Check, GroupEntry, Measures, RunReport, TargetEntry, environment
 from fxprune.search import Limits, Trial, budgeted, search, winner
 
-TOLERANCE = 0.01  # a target is met within one per cent
-
 
 @dataclass(frozen=True)
 class Job:
@@ -55,8 +53,9 @@ class Job:
         """What the passes share."""
         options = self.options
         return Context(
-            self.data, options.device, options.seed, options.loss, self.dense, options.progress
-        )
+            self.data, options.device, options.seed, options.loss, self.dense, options.progress,
+            options.threads or 1,
+        )  # fmt: skip
 
 
 def aimed(job: Job) -> Job:
@@ -105,13 +104,12 @@ def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunRep
         say("checking what ONNX Runtime made of the codes")
         checks["int8_fused"] = check_fusion(aside / "model.onnx")
         checks["int8_agreement"] = check_agreement(small, aside / "model.onnx", job.data)
-    latency = emission.latency
-    large = measures(dense, emission.dense, latency["before"], before)
-    little = measures(small, emission.small, latency["after"], in_file)
+    large = measures(dense, emission.dense, emission.latency["before"], before)
+    little = measures(small, emission.small, emission.latency["after"], in_file)
     return small, RunReport(
         large,
         little,
-        tuple(_target(target, large, little) for target in job.targets),
+        _targets(job, journal, large, little),
         tuple(journal.entries),
         checks,
         tuple(_group(group, journal) for group in job.groups),
@@ -159,10 +157,17 @@ def fingerprint_of(job: Job) -> str:
     return fingerprint(job.dense, options)
 
 
-def _target(target: Target, before: Measures, after: Measures) -> TargetEntry:
-    dense, value = getattr(before, target.quantity), getattr(after, target.quantity)
-    limit = target.limit(dense)
-    return TargetEntry(str(target), limit, value, value <= (1 + TOLERANCE) * limit)
+def _targets(
+    job: Job, journal: Journal, before: Measures, after: Measures
+) -> tuple[TargetEntry, ...]:
+    """Hold the result against the targets, beside what the last plan predicted."""
+    details = [entry.outcome.details or {} for entry in journal.entries]
+    plans = [one["predicted"] for one in details if "predicted" in one]
+    predicted = plans[-1] if plans else {}
+    return tuple(
+        TargetEntry.of(target, before, after, predicted.get(target.quantity))
+        for target in job.targets
+    )
 
 
 def _group(group: Group, journal: Journal) -> GroupEntry:

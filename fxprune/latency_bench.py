@@ -34,6 +34,7 @@ class Bench:
         table: times of layers.
         dense_ms: the dense model's latency.
         how: what makes latencies of layers' times, such that the dense model's is right.
+        progress: shows the measuring of layers.
 
     """
 
@@ -41,13 +42,12 @@ class Bench:
     table: Table
     dense_ms: float
     how: Calibration
+    progress: Tracker | None = None
 
-    def ledger(
-        self, program: Program, groups: Sequence[Group], progress: Tracker | None = None
-    ) -> LatencyLedger:
+    def ledger(self, program: Program, groups: Sequence[Group]) -> LatencyLedger:
         """Return latency as a function of how many units each group loses."""
         terms = latency_terms(program, groups)
-        self.table.fill((shape for term in terms for shape in term.shapes), progress)
+        self.table.fill((shape for term in terms for shape in term.shapes), self.progress)
         return LatencyLedger.of(terms, len(groups), self.table, self.how)
 
     def predict(self, program: Program) -> float:
@@ -63,12 +63,10 @@ class Bench:
         found = compare(files, threads=self.table.host.threads, seconds=SECONDS)
         return self.dense_ms / found["small"].speedup
 
-    def about(self, program: Program) -> Mapping[str, float | int | str]:
-        """Tell the number, age and noise of the table's entries for a program, for the report."""
-        return self.table.about(shapes_of(program))
 
-
-def open_bench(dense: Program, folder: Path, table: Table) -> Bench:
+def open_bench(
+    dense: Program, folder: Path, table: Table, progress: Tracker | None = None
+) -> Bench:
     """Export the dense model into a folder, measure it, and calibrate the table to it."""
     path = folder / "dense.onnx"
     export_onnx(dense, path, check=False)
@@ -79,7 +77,7 @@ def open_bench(dense: Program, folder: Path, table: Table) -> Bench:
     with tempfile.TemporaryDirectory(prefix="fxprune-", dir=folder) as scratch:
         nodes = profile(path, threads, RUNS, Path(scratch))
     us, elements = float(table.us(shapes).sum()), elements_of(dense)
-    return Bench(folder, table, whole, calibrate(nodes, whole, us, elements))
+    return Bench(folder, table, whole, calibrate(nodes, whole, us, elements), progress)
 
 
 def calibrate(

@@ -81,6 +81,7 @@ class Table:
         host: whose times they are.
         path: where they are kept; None keeps nothing.
         times: by ``Shape.key``.
+        used: what was asked for since the table was opened.
         notes: what the report should tell about the file.
 
     """
@@ -88,6 +89,7 @@ class Table:
     host: Host
     path: Path | None
     times: dict[str, Timing] = field(default_factory=dict)
+    used: set[Shape] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -96,11 +98,13 @@ class Table:
         host = Host.here(threads)
         path = path or host.path
         times, note = latency_cache.load(path)
-        return cls(host, path, times, [note] if note else [])
+        return cls(host, path, times, notes=[note] if note else [])
 
     def fill(self, shapes: Iterable[Shape], progress: Tracker | None = None) -> int:
         """Measure those of the shapes that are not in the table; return how many."""
-        missing = sorted({shape for shape in shapes if shape.key not in self.times})
+        asked = set(shapes)
+        self.used |= asked
+        missing = sorted(shape for shape in asked if shape.key not in self.times)
         sessions = _sessions(missing)
         tracked = (progress or Tracker(shown=False)).track(
             sessions, "measuring layers in ONNX Runtime", total=len(sessions)

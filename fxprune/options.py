@@ -167,9 +167,6 @@ def resolve(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
 
 def limits(targets: tuple[Target, ...]) -> dict[str, Any]:
     """Return targets as options of ``plan-channels``."""
-    known = {option.name for option in fields(PlanChannels)}
-    if odd := [target for target in targets if target.name not in known]:
-        raise InputError(f"plan-channels cannot plan for {odd[0]}; limit macs, params or size")
     return {target.name: str(target).partition("=")[2] for target in targets}
 
 
@@ -187,7 +184,7 @@ def default_pipeline(
         last = step == steps
         plan = PlanChannels(**limits(targets))
         if not last:
-            plan = replace(plan, path=round(step / steps, 6), tolerance=0.1)
+            plan = replace(plan, path=round(step / steps, 6), tolerance=0.1, corrections=0)
         share = epochs // steps + (epochs % steps if last else 0)
         found += [
             AnnotateSensitivity(),

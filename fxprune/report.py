@@ -11,9 +11,13 @@ from typing import Any
 
 import torch
 
+from fxprune.budget import Target
 from fxprune.host import processor
 from fxprune.pipeline import Entry
 from fxprune.search import Trial
+
+TOLERANCE = 0.01  # a target is met within one per cent
+NOISE = 0.05  # and one of latency within five, since two runs of one model differ by as much
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,44 @@ class GroupEntry:
 
 @dataclass(frozen=True)
 class TargetEntry:
-    """One target: ``value`` at most ``limit`` (to one per cent) meets it."""
+    """One target: ``value`` at most ``limit``, to within ``tolerance``, meets it.
+
+    Attributes:
+        target: as text.
+        limit: the largest value allowed; of the dense model as measured in the same run.
+        value: the small model's.
+        met: whether it is kept to.
+        tolerance: the share by which the limit may be exceeded: one per cent of what is counted,
+            five of latencies, whose measurement is no better.
+        predicted: the value that the plan expected.
+
+    """
 
     target: str
     limit: float
     value: float
     met: bool
+    tolerance: float = TOLERANCE
+    predicted: float | None = None
+
+    @classmethod
+    def of(
+        cls, target: Target, before: Measures, after: Measures, predicted: float | None
+    ) -> TargetEntry:
+        """Hold the small model's figures against a target."""
+        value, dense = getattr(after, target.quantity), getattr(before, target.quantity)
+        limit = target.limit(dense)
+        tolerance = NOISE if target.name == "latency" else TOLERANCE
+        met = value <= (1 + tolerance) * limit
+        return cls(str(target), limit, value, met, tolerance, predicted)
+
+    @property
+    def figures(self) -> str:
+        """The value and the limit, for people."""
+        if not self.target.startswith("latency"):
+            return f"{self.value:,.0f} of at most {self.limit:,.0f}"
+        text = f"{self.value:.3g} of at most {self.limit:.3g} ms"
+        return text if self.predicted is None else f"{text} ({self.predicted:.3g} predicted)"
 
 
 @dataclass(frozen=True)

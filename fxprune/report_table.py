@@ -86,8 +86,7 @@ def trial_figures(trial: Trial) -> tuple[str, str, str]:
 def _verdicts(report: RunReport) -> Iterator[RenderableType]:
     yield Text("")
     for target in report.targets:
-        share = f"{target.value:,.0f} of at most {target.limit:,.0f}"
-        yield _verdict(target.met, f"target {target.target}: {share}", "met", "NOT MET")
+        yield _verdict(target.met, f"target {target.target}: {target.figures}", "met", "NOT MET")
     for name, check in report.checks.items():
         if not check.ran:
             yield Text(f"{name}: not run ({check.note})", style="yellow")

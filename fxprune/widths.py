@@ -31,11 +31,13 @@ class Rounding:
     Attributes:
         dense: for ordinary layers.
         depthwise: for groups with a depthwise convolution; a multiple of four, as all its widths.
+        floor: what every width is a multiple of at least.
 
     """
 
     dense: int = 16
     depthwise: int = 8
+    floor: int = 1
 
     def __post_init__(self) -> None:
         if self.dense < 1:
@@ -48,10 +50,17 @@ class Rounding:
 
     def finer(self) -> Rounding | None:
         """Return the next rounding to try where this one does not land, if there is one."""
-        if self.dense == 1:
+        if self.dense <= self.floor:
             return None
         quarters = self.depthwise // DEPTHWISE_FLOOR
-        return Rounding(self.dense // 2, DEPTHWISE_FLOOR * max(1, quarters // 2))
+        return Rounding(self.dense // 2, DEPTHWISE_FLOOR * max(1, quarters // 2), self.floor)
+
+    def ladder(self) -> list[Rounding]:
+        """Return this rounding and all finer ones."""
+        found = [self]
+        while (finer := found[-1].finer()) is not None:
+            found.append(finer)
+        return found
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Widths:
         kept = np.arange(self.units - 1, max(keep, 1) - 1, -1)
         fits = np.ones(len(kept), dtype=bool)
         base = rounding.depthwise if self.depthwise else rounding.dense
-        floor = DEPTHWISE_FLOOR if self.depthwise else 1
+        floor = DEPTHWISE_FLOOR if self.depthwise else rounding.floor
         for channels in self.channels:
             width = kept * channels
             step = np.where(width >= 2 * base, base, np.where(width >= base, base // 2, base // 4))

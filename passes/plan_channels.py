@@ -10,32 +10,36 @@ Units of a group go in order of their scores; how many of each group is solved f
 at once, with costs that are exact after every step. What remains is a multiple of 16 where 32 or
 more channels remain, of 8 where 16 remain, else of 4. The binding budget is used up to within 1 %;
 where no such widths do that, as few groups as possible are rounded less, and the plan says so.
+Latency is predicted from layers timed in ONNX Runtime on this host, and what a plan leaves is timed
+as a whole and the plan corrected; widths are then multiples of 4, and 2 % of the budget may stay.
 Refuses budgets that cannot be met, saying what stops them, and patterns that match nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar, get_args
 
 import numpy as np
 
-from fxprune.budget import Budget, Name, Target
+from fxprune.budget import Name, Target
 from fxprune.context import Context
 from fxprune.cost import cost, cost_model
 from fxprune.cuts import Problem
 from fxprune.errors import InputError
 from fxprune.facts import PLAN, SENSITIVITY, Plan, Sensitivity
 from fxprune.groups import Group, find_groups
-from fxprune.ledger import Costs, Ledger
+from fxprune.latency_bench import Bench
+from fxprune.latency_plan import bench_for, solve_and_try
+from fxprune.ledger import Costs, Ledger, Ledgers
 from fxprune.merging import Ints
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
 from fxprune.program import Program
 from fxprune.ranking import Normalize, cheapest_first, losses
+from fxprune.removal import remove_units
 from fxprune.selection import selected, selected_by_any
-from fxprune.solver import solve
-from fxprune.widths import Rounding, Widths, widths
+from fxprune.widths import DEPTHWISE_FLOOR, Rounding, Widths, widths
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class PlanChannels(Pass):
         macs: what may remain of the dense model's multiply-accumulates: 50%, 2.0x, or 300M.
         params: the same for parameters.
         size: the same for weight bytes: 50%, 2x or 1MB.
+        latency: the same for milliseconds per sample in ONNX Runtime on this host: 60% or 1.5ms.
         round_to: channels are a multiple of this where twice as many remain, of half of it where
             as many remain, else of a quarter.
         depthwise_round_to: the same where a depthwise convolution runs; a multiple of 4, as are
@@ -56,6 +61,8 @@ class PlanChannels(Pass):
         ratios: by name pattern, the share of its units that a group loses, whatever the scores.
         normalize: divide the scores of each group by their mean or maximum first.
         tolerance: the share of its limit that the binding budget may stay below it.
+        corrections: how often a plan whose measured latency misses its budget is made anew; at
+            zero plans are not measured.
         path: how far to go from the dense model to the budget, geometrically; below one in the
             early steps of a schedule.
 
@@ -64,6 +71,7 @@ class PlanChannels(Pass):
     macs: float | str | None = None
     params: float | str | None = None
     size: float | str | None = None
+    latency: float | str | None = None
     round_to: int = 16
     depthwise_round_to: int = 8
     min_units: int = 1
@@ -72,6 +80,7 @@ class PlanChannels(Pass):
     ratios: Mapping[str, float] = field(default_factory=dict)
     normalize: Normalize = "none"
     tolerance: float = 0.01
+    corrections: int = 2
     path: float = 1.0
 
     name: ClassVar[str] = "plan-channels"
@@ -90,26 +99,32 @@ class PlanChannels(Pass):
     @property
     def targets(self) -> tuple[Target, ...]:
         """The budget, as targets."""
-        given = {name: getattr(self, name, None) for name in get_args(Name)}
-        targets = (Target.of(name, value) for name, value in given.items() if value is not None)
-        return Budget(tuple(targets)).targets
+        given = {name: getattr(self, name) for name in get_args(Name)}
+        return tuple(Target.of(name, value) for name, value in given.items() if value is not None)
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Solve for the budget and record the plan."""
         if not self.targets:
-            raise InputError("plan-channels has no budget; give it macs=50%, params= or size=")
+            raise InputError("plan-channels has no budget; give it macs=50%, or another")
         sensitivity = program.get(SENSITIVITY)
         groups, skips = self._candidates(find_groups(program), sensitivity)
-        orders = {group.name: cheapest_first(sensitivity, group) for group in groups}
-        costs = Ledger.of(cost_model(program, groups), [t.quantity for t in self.targets])
-        problem = self._problem(program, context, groups, sensitivity, costs)
-        found = solve(problem)
-        remove = {
-            group.name: tuple(sorted(orders[group.name][:count].tolist()))
-            for group, count in zip(groups, found.removed.tolist(), strict=True)
-            if count
-        }
-        predicted = dict(zip(map(str, costs.quantities), found.values.tolist(), strict=True))
+        orders = [cheapest_first(sensitivity, group) for group in groups]
+
+        def doomed(removed: Ints) -> dict[Group, list[int]]:
+            counts = zip(groups, orders, removed.tolist(), strict=True)
+            return {group: sorted(order[:n].tolist()) for group, order, n in counts if n}
+
+        def cut(removed: Ints) -> Program:
+            small = program.copy().to("cpu").eval()
+            remove_units(small, doomed(removed))
+            return small
+
+        with bench_for(self.targets, program, context) as bench:
+            problem = self._problem(program, context, groups, sensitivity, bench)
+            found, timed = solve_and_try(problem, bench, cut, self.corrections)
+        quantities: tuple[str, ...] = problem.costs.quantities
+        predicted = dict(zip(quantities, found.values.tolist(), strict=True))
+        remove = {group.name: tuple(units) for group, units in doomed(found.removed).items()}
         program.put(PLAN, Plan(remove, notes=found.notes, predicted=predicted))
         details = {
             "notes": list(found.notes),
@@ -117,6 +132,7 @@ class PlanChannels(Pass):
             "limits": dict(zip(predicted, problem.limits.tolist(), strict=True)),
             "units": int(found.removed.sum()),
             "sensitivity_spent": found.loss,
+            "latency": timed,
         }
         return Outcome(0, skips, details)
 
@@ -138,17 +154,21 @@ class PlanChannels(Pass):
 
     def _problem(
         self, program: Program, context: Context, groups: list[Group],
-        sensitivity: Sensitivity, costs: Costs,
+        sensitivity: Sensitivity, bench: Bench | None,
     ) -> Problem:  # fmt: skip
-        dense = cost(context.dense or program)
+        dense: dict[str, float] = asdict(cost(context.dense or program))
+        static = [target.quantity for target in self.targets if target.name != "latency"]
+        costs: list[Costs] = [Ledger.of(cost_model(program, groups), static)] if static else []
+        if bench is not None:
+            costs, dense["latency_ms"] = [*costs, bench.ledger(program, groups)], bench.dense_ms
         limits = [
             whole * (target.limit(whole) / whole) ** self.path
             for target in self.targets
-            for whole in [float(getattr(dense, target.quantity))]
+            for whole in [dense[target.quantity]]
         ]
-        roundings = [Rounding(self.round_to, self.depthwise_round_to)]
-        while (finer := roundings[-1].finer()) is not None:
-            roundings.append(finer)
+        # Kernels are several times slower at other widths, and the table of latencies lacks them.
+        floor = 1 if bench is None else DEPTHWISE_FLOOR
+        roundings = Rounding(self.round_to, self.depthwise_round_to, floor).ladder()
         fixed = self._fixed(groups)
         found = widths(program, groups)
         levels = [
@@ -160,8 +180,8 @@ class PlanChannels(Pass):
         ]
         spent = tuple(losses(sensitivity, group, self.normalize) for group in groups)
         return Problem(
-            tuple(group.name for group in groups), costs, np.array(limits), spent, tuple(levels),
-            tuple(str(rounding.dense) for rounding in roundings), self.tolerance,
+            tuple(group.name for group in groups), Ledgers(tuple(costs)), np.array(limits), spent,
+            tuple(levels), tuple(str(rounding.dense) for rounding in roundings), self.tolerance,
         )  # fmt: skip
 
     def _fixed(self, groups: list[Group]) -> dict[str, float]:
