@@ -15,7 +15,8 @@ from fxprune.facts import MASKS, REMOVED, Masks, Removed
 from fxprune.groups import Analysis, Group, analyse
 from fxprune.labels import Labels
 from fxprune.program import Program
-from fxprune.repair import REPAIRS, Remains
+from fxprune.repair import Remains
+from fxprune.rules import known_repairs
 from fxprune.surgery import set_tensor
 
 Kept = dict[int, Tensor]  # by dimension, a bool mask over its indices
@@ -119,6 +120,7 @@ def cut(program: Program, kept: Mapping[fx.Node, list[Kept]]) -> None:
     expected = {node: _expected(node, masks) for node, masks in kept.items()}
     shapes = {node: _shapes(node) for node in kept}
     sliced: set[int] = set()
+    repairs = known_repairs()
     for node in program.graph.nodes:
         if node not in kept or (not any(kept[node]) and not _reads_any(node, kept)):
             continue
@@ -127,7 +129,7 @@ def cut(program: Program, kept: Mapping[fx.Node, list[Kept]]) -> None:
             if id(tensor) not in sliced:
                 sliced.add(id(_slice_tensor(program, str(node.target), tensor, kept[node][0])))
             continue
-        repair = REPAIRS.get(getattr(node.target, "overloadpacket", None))
+        repair = repairs.get(getattr(node.target, "overloadpacket", None))
         if repair is not None:
             repair(node, Remains(shapes[node], kept[node], lambda arg: _masks(kept, arg)))
     program.refresh()

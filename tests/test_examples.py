@@ -71,6 +71,15 @@ def test_the_main_command_halves_the_digits_network(tmp_path: Path) -> None:
         assert report["checks"][name]["passed"]
 
 
+def test_an_operator_of_ones_own_is_frozen_until_it_has_a_rule() -> None:
+    before, after = run("examples.custom_rule").split("with a rule:")
+    assert "16 units, no rule is known for operator examples.leaky_gate" in before
+    assert "register one with fxprune.operator_rule" in before
+    assert "16 units, removable: slope:0" in after
+    assert "8 of 16 channels removed, exact to" in after
+    assert "slope is now (8,)" in after
+
+
 def test_a_pipeline_composed_by_hand(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     lines = run("examples.compose", "--out", str(tmp_path)).splitlines()

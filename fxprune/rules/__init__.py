@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from fxprune.flow import Rule
+from fxprune.repair import REPAIRS, Repair
 from fxprune.rules import (
     contraction,
     convolution,
@@ -19,29 +20,44 @@ from fxprune.rules import (
 )
 
 _registered: dict[Any, Rule] = {}
+_repairs: dict[Any, Repair] = {}
 
 
-def operator_rule(target: Any) -> Callable[[Rule], Rule]:
+def operator_rule(target: Any, *, repair: Repair | None = None) -> Callable[[Rule], Rule]:
     """Register the decorated function as the rule of an operator, such as ``torch.ops.my.op``.
 
     The rule is called as ``rule(flow, node)`` and returns the ``Labels`` of the node's output, or
-    a list of them. Packages can do the same through the entry-point group ``fxprune.rules``, whose
-    entries name a mapping from operators to rules.
+    a list of them. Packages can do the same through the entry-point groups ``fxprune.rules`` and
+    ``fxprune.repairs``, whose entries name mappings from operators to rules and to repairs.
+    ``examples/custom_rule.py`` shows one.
+
+    Args:
+        target: the operator, all overloads of it.
+        repair: called as ``repair(node, remains)`` after a removal, to bring sizes in line that
+            the operator takes as plain numbers.
+
     """
 
     def register(rule: Rule) -> Rule:
         _registered[target] = rule
+        if repair is not None:
+            _repairs[target] = repair
         return rule
 
     return register
 
 
 @functools.cache
-def _installed() -> dict[Any, Rule]:
-    found: dict[Any, Rule] = {}
-    for entry in entry_points(group="fxprune.rules"):
+def _installed(group: str) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for entry in entry_points(group=group):
         found.update(entry.load())
     return found
+
+
+def known_repairs() -> dict[Any, Repair]:
+    """Return what brings the literals of an operator in line, for those that have any."""
+    return {**REPAIRS, **_installed("fxprune.repairs"), **_repairs}
 
 
 def known_rules() -> dict[Any, Rule]:
@@ -54,6 +70,6 @@ def known_rules() -> dict[Any, Rule]:
         **convolution.RULES,
         **normalisation.RULES,
         **spatial.RULES,
-        **_installed(),
+        **_installed("fxprune.rules"),
         **_registered,
     }
