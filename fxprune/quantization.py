@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxprune.context import Context
 from fxprune.data import batches
@@ -17,7 +17,7 @@ from fxprune.program import Program
 from fxprune.quantization_observers import Method, Observer, activation_scale, weight_scale
 from fxprune.quantization_ops import FAKE_QUANTIZE, OBSERVE
 from fxprune.quantization_patterns import Placement
-from fxprune.surgery import insert_call, read_tensor, set_tensor
+from fxprune.surgery import insert_call, read_tensor, replace_node, set_tensor
 from fxprune.training import placed
 
 ACTIVATION_CODES = (0, 255)
@@ -65,7 +65,7 @@ def observe(program: Program, placement: Placement, weight_code: int) -> int:
         stored = id(program.tensor(name))  # tied weights have several names
         if stored not in weights:
             args = (weight, name, -weight_code, weight_code, True, 0)
-            weights[stored] = _after(program, weight, OBSERVE, args)
+            weights[stored] = insert_call(program, layer, OBSERVE, args)
         layer.replace_input_with(weight, weights[stored])
     return len(placement.roots) + len(weights)
 
@@ -78,81 +78,124 @@ def _after(program: Program, node: fx.Node, target: Any, args: tuple[Any, ...]) 
 
 
 def walk(
-    program: Program, context: Context, found: Iterable[Site], method: Method, samples: int,
+    program: Program,
+    context: Context,
+    found: Iterable[Site],
+    method: Method,
+    samples: int,
     batch_size: int,
-) -> dict[str, Observer]:  # fmt: skip
-    """Run calibration samples through a program and return what observers saw, by key."""
+) -> dict[str, Observer]:
+    """Run calibration samples through a program and return what its sites saw, by key."""
     watched = {site.node: site.key for site in found if not site.symmetric}
     observers = {key: Observer() for key in watched.values()}
     walks = ["extremes"] if method in ("minmax", "moving-average") else ["extremes", "tally"]
-    size = fixed_batch(program) or batch_size
-    total = min(samples, len(context.samples.calibration))
-    total = max(total - total % size, size) if fixed_batch(program) else total
-    with placed(program.eval(), context.device), torch.no_grad():
+    fixed = fixed_batch(program)
+    size, total = fixed or batch_size, min(samples, len(context.samples.calibration))
+    total = max(total - total % fixed, fixed) if fixed else total
+    with placed(program, context.device), torch.no_grad():
         for title in walks:
+            watcher = _Watcher(program, watched, observers, title)
             stream = batches(
                 context.samples.calibration, size, seed=context.seed, limit=total,
                 device=context.device,
             )  # fmt: skip
-            watcher = _Watcher(program, watched, observers, title)
             for batch in context.progress.track(stream, "calibrating", -(-total // size)):
                 watcher.run(*batch.inputs)
     return observers
 
 
 class _Watcher(fx.Interpreter):
-    """Runs a program and hands what passes observers to them."""
+    """Runs a program and hands what enters its sites to observers."""
 
     def __init__(
         self,
         program: Program,
-        watched: dict[fx.Node, str],
-        observers: dict[str, Observer],
+        watched: Mapping[fx.Node, str],
+        observers: Mapping[str, Observer],
         method: str,
     ) -> None:
         super().__init__(program.graph_module)
         self._watched, self._observers, self._method = watched, observers, method
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target is not OBSERVE:
-            return super().run_node(n)
-        value = self.fetch_args_kwargs_from_env(n)[0][0]
         if n in self._watched:
+            value = self.fetch_args_kwargs_from_env(n)[0][0]
             getattr(self._observers[self._watched[n]], self._method)(value)
-        return value
+        return super().run_node(n)
 
 
 def settle(
     program: Program,
     found: Sequence[Site],
-    observers: dict[str, Observer],
+    observers: Mapping[str, Observer],
     method: Method,
     *,
     search_weights: bool = False,
 ) -> int:
     """Replace observers by fake-quantisers with the scales they found; returns how many."""
     for site in found:
-        scale_name, zero_name = names_of(site)
-        if site.symmetric:
-            weight = program.tensor(str(site.value.target))
-            scale = weight_scale(weight, site.high, site.axis, search=search_weights)
-            zero = torch.zeros_like(scale, dtype=torch.int8)
-        else:
-            span = observers[site.key].span(method, site.high - site.low + 1)
-            step, lowest = activation_scale(*span, (site.low, site.high))
-            scale, zero = torch.tensor(step), torch.tensor(lowest, dtype=torch.uint8)
-        set_tensor(program, scale_name, scale.detach())
-        set_tensor(program, zero_name, zero)
-        read = [read_tensor(program, name, site.node) for name in (scale_name, zero_name)]
+        names = names_of(site)
+        for name, value in zip(
+            names, _scale(program, site, observers, method, search_weights), strict=True
+        ):
+            set_tensor(program, name, value)
+        read = [read_tensor(program, name, site.node) for name in names]
         args = (site.value, *read, site.low, site.high, site.axis)
         new = insert_call(program, site.node, FAKE_QUANTIZE, args)
-        site.node.replace_all_uses_with(new)
-        program.graph.erase_node(site.node)
+        replace_node(program, site.node, new)
     return len(found)
 
 
+def remeasure(
+    program: Program, context: Context, method: Method, samples: int, batch_size: int
+) -> None:
+    """Give fake-quantisers the scales of the values that they see now, rounding included."""
+    program.eval()
+    found = fakes(program)
+    observers = walk(program, context, found, method, samples, batch_size)
+    for site in found:
+        for node, value in zip(
+            site.node.args[1:3], _scale(program, site, observers, method, False), strict=True
+        ):
+            old = program.tensor(str(cast(fx.Node, node).target))
+            with torch.no_grad():
+                old.copy_(value)
+    program.train()
+
+
+def fakes(program: Program) -> tuple[Site, ...]:
+    """Return all fake-quantisers of a program, in its order."""
+    found = []
+    for node in program.graph.nodes:
+        if node.target is FAKE_QUANTIZE:
+            value, scale, _, low, high, axis = cast(tuple[Any, ...], node.args)
+            found.append(Site(node, value, str(scale.target), low, high, axis != -1, axis))
+    return tuple(found)
+
+
+def _scale(
+    program: Program,
+    site: Site,
+    observers: Mapping[str, Observer],
+    method: Method,
+    search_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point of a site."""
+    if site.symmetric:
+        weight = program.tensor(str(site.value.target))
+        scale = weight_scale(weight, site.high, site.axis, search=search_weights)
+        return scale.detach(), torch.zeros_like(scale, dtype=torch.int8)
+    span = observers[site.key].span(method, site.high - site.low + 1)
+    step, zero = activation_scale(*span, (site.low, site.high))
+    device = next(program.graph_module.parameters()).device
+    return (
+        torch.tensor(step, device=device),
+        torch.tensor(zero, dtype=torch.uint8, device=device),
+    )
+
+
 def names_of(site: Site) -> tuple[str, str]:
-    """Return the names of a site's scale and zero point."""
+    """Return the names of an observer's scale and zero point."""
     if site.symmetric:
         return f"{site.key}_scale", f"{site.key}_zero_point"
     return f"{HOME}.{site.key}.scale", f"{HOME}.{site.key}.zero_point"

@@ -50,9 +50,9 @@ def fake_quantize(
     The gradient passes straight through where no code is out of range (arXiv 1308.3432); that of
     the scale is the one of learned step sizes (arXiv 1902.08153, equation 3).
     """
-    step, zero = along(scale, x, axis), along(zero_point, x, axis).to(scale.dtype)
-    codes = torch.clamp(torch.round(x / step) + zero, low, high)
-    return ((codes - zero) * step).to(x.dtype)
+    step, zero = along(scale, x, axis), along(zero_point, x, axis)
+    codes = (x / step).round_().add_(zero).clamp_(low, high)
+    return codes.sub_(zero).mul_(step)
 
 
 @fake_quantize.register_fake
@@ -60,9 +60,9 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: i
     return torch.empty_like(x)
 
 
-def _keep(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, scale, zero_point, *context.codes = inputs
-    context.save_for_backward(x, scale, zero_point)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, zero_point, *ctx.codes = inputs
+    ctx.save_for_backward(x, scale, zero_point)
 
 
 def _fake_quantize_backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,8 +88,8 @@ fake_quantize.register_autograd(_fake_quantize_backward, setup_context=_keep)
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     """Return the nearest codes, of the type of ``zero_point``; out of range, the outermost."""
     limits = torch.iinfo(zero_point.dtype)
-    codes = torch.round(x / along(scale, x, axis)) + along(zero_point, x, axis).to(x.dtype)
-    return torch.clamp(codes, limits.min, limits.max).to(zero_point.dtype)
+    codes = (x / along(scale, x, axis)).round_().add_(along(zero_point, x, axis))
+    return codes.clamp_(limits.min, limits.max).to(zero_point.dtype)
 
 
 @quantize.register_fake
@@ -100,8 +100,8 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
 @torch.library.custom_op("fxprune::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     """Return the numbers that codes stand for."""
-    zero = along(zero_point, codes, axis).to(scale.dtype)
-    return (codes.to(scale.dtype) - zero) * along(scale, codes, axis)
+    zero = along(zero_point, codes, axis)
+    return codes.to(scale.dtype).sub_(zero).mul_(along(scale, codes, axis))
 
 
 @dequantize.register_fake

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from quantized_nets import calibrated, converted
+from support import relative_error
+from torch import nn
+
+import fxprune
+from fxprune.cost import cost
+from fxprune.export import export_onnx
+from fxprune.graph_text import graph_text
+from fxprune.passes import ConvertQuantized
+from fxprune.quantization_checks import check_agreement, check_fusion
+from fxprune.quantization_onnx import inspect_fusion
+
+X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_converted_program_computes_what_the_rounded_one_did() -> None:
+    program, context = calibrated()
+    before = program.copy()
+    assert ConvertQuantized()(program, context).changes > 0
+    with torch.no_grad():
+        assert relative_error(program(X), before(X)) < 0.02
+        same = program(X).argmax(1) == before(X).argmax(1)
+    assert same.double().mean() >= 31 / 32
+    assert cost(program).params == cost(before).params
+    assert cost(program).macs == cost(before).macs
+
+
+def test_weights_and_biases_are_stored_as_codes() -> None:
+    program, _ = converted()
+    for name in ("stem", "down", "left", "right", "hidden", "head"):
+        weight, bias = program.tensor(f"{name}.weight"), program.tensor(f"{name}.bias")
+        assert (weight.dtype, bias.dtype) == (torch.int8, torch.int32)
+        assert isinstance(weight, nn.Parameter)
+        assert weight.abs().max() <= 64
+
+
+def test_moves_work_on_codes() -> None:
+    program, _ = converted()
+    kinds = {
+        node.name: node.meta["val"].dtype
+        for node in program.graph.nodes
+        if any(word in node.name for word in ("slice", "pad", "cat", "max_pool", "flatten"))
+    }
+    assert set(kinds.values()) == {torch.uint8}
+    assert len(kinds) >= 5
+
+
+def test_a_converted_program_survives_saving(tmp_path: Path) -> None:
+    program, _ = converted()
+    fxprune.save(program, tmp_path / "model.pt2")
+    loaded = fxprune.load(tmp_path / "model.pt2")
+    assert graph_text(loaded) == graph_text(program)
+    assert loaded.facts == program.facts
+    with torch.no_grad():
+        assert torch.equal(loaded(X), program(X))
+
+
+def test_onnx_runtime_fuses_everything_and_agrees(tmp_path: Path) -> None:
+    program, context = converted()
+    path = tmp_path / "model.onnx"
+    export_onnx(program, path)
+    initialisers = {item.name: item for item in onnx.load(str(path)).graph.initializer}
+    assert initialisers["down.weight"].data_type == TensorProto.INT8
+    assert initialisers["down.bias"].data_type == TensorProto.INT32
+    fusion = inspect_fusion(path)
+    assert fusion.unfused == ()
+    assert fusion.fused["QLinearConv"] == 4
+    assert fusion.fused["QGemm"] == 2
+    assert fusion.fused["QLinearAdd"] == 1
+    assert check_fusion(path).passed
+    check = check_agreement(program, path, context.samples)
+    assert check.passed
+    assert check.note == "of 96 predictions in both runtimes"
+    session = onnxruntime.InferenceSession(str(path))
+    (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
+    with torch.no_grad():
+        assert relative_error(torch.from_numpy(found), program(X)) < 0.05
+
+
+def test_a_node_that_does_not_fuse_is_named(tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(torch.ones(4, 3, 3, 3, dtype=torch.int8).numpy(), "w.weight")
+    scale = numpy_helper.from_array(torch.tensor(0.1).numpy(), "s")
+    zeros = [numpy_helper.from_array(torch.zeros((), dtype=t).numpy(), n)
+             for n, t in (("zu", torch.uint8), ("zi", torch.int8))]  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "zu"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "zu"], ["dx"]),
+        helper.make_node("DequantizeLinear", ["w.weight", "s", "zi"], ["dw"]),
+        helper.make_node("Conv", ["dx", "dw"], ["y"], name="conv"),  # its output is no code
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 6, 6])],
+        [weight, scale, *zeros],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    assert inspect_fusion(tmp_path / "model.onnx").unfused == ("w.weight",)
+    check = check_fusion(tmp_path / "model.onnx")
+    assert (check.passed, check.value) == (False, 1)
+    assert check.note is not None
+    assert "w.weight" in check.note

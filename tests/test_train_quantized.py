@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from quantized_nets import calibrated, observed
+from support import relative_error
+from torch import nn
+
+from fxprune.errors import InputError
+from fxprune.facts import MASKS, Masks
+from fxprune.passes import TrainQuantized
+from fxprune.program import Program
+from fxprune.quantization import fakes, sites
+from fxprune.quantization_observers import METHODS
+
+
+def states(program: Program) -> dict[str, torch.Tensor]:
+    return program.graph_module.state_dict()
+
+
+def error(program: Program, context: Any) -> float:
+    x, _ = context.samples.eval.gather(torch.arange(96))
+    with torch.no_grad():
+        return relative_error(program(x), context.dense(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_calibration_comes_near_the_dense_program(method: str) -> None:
+    program, context = calibrated(observer=method)
+    assert sites(program) == ()
+    assert error(program, context) < 0.15
+    for site in fakes(program):
+        assert bool((program.tensor(site.key) > 0).all())
+
+
+def test_relu_has_its_zero_at_the_lowest_code_and_a_clamp_its_ceiling() -> None:
+    program, _ = calibrated(observer="minmax")
+    state = states(program)
+    assert state["quantizers.relu6.zero_point"] == 0
+    assert 255 * state["quantizers.relu6.scale"] <= 6
+    assert state["quantizers.conv2d_1.zero_point"] > 0
+
+
+def test_correcting_biases_leaves_the_means_of_the_dense_program() -> None:
+    plain, context = calibrated(bias_correction=False)
+    corrected, _ = calibrated(samples=96)
+    x, _ = context.samples.eval.gather(torch.arange(96))
+    with torch.no_grad():
+        wanted = context.dense(x).mean(0)
+        before, after = (program(x).mean(0) - wanted for program in (plain, corrected))
+    assert after.abs().max() < 0.05 * before.abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_training_lowers_the_loss_and_leaves_buffers(learn: bool) -> None:
+    program, context = observed(reduce_range=True)
+    step = TrainQuantized(epochs=4, lr=0.01, learn_scales=learn, batch_size=16, temperature=1.0)
+    outcome = step(program, context)
+    assert outcome.details is not None
+    losses = [epoch["loss"] for epoch in outcome.details["epochs"]]
+    assert losses[-1] < losses[0]
+    names = {name for name, _ in program.graph_module.named_parameters()}
+    assert not any("scale" in name for name in names)
+    again, _ = observed(reduce_range=True)
+    step(again, context)
+    for name, tensor in states(program).items():
+        assert torch.equal(tensor, states(again)[name]), name
+
+
+def test_scales_are_learned_and_move() -> None:
+    fixed, _ = calibrated(epochs=2, freeze=0.0)
+    learned, _ = calibrated(epochs=2, learn_scales=True)
+    measured, _ = calibrated(epochs=2, freeze=1.0)
+    key = "quantizers.relu.scale"
+    assert states(fixed)[key] != states(learned)[key]
+    assert states(fixed)[key] != states(measured)[key]
+    assert 255 * states(learned)["quantizers.relu6.scale"] <= 6
+
+
+def test_masked_weights_stay_zero() -> None:
+    program, context = observed()
+    keep = torch.ones(16, 8, 3, 3, dtype=torch.bool)
+    keep[:, ::2] = False
+    with torch.no_grad():
+        program.tensor("down.weight").mul_(keep)
+    program.put(MASKS, Masks({"down.weight": keep}, "half"))
+    TrainQuantized(epochs=1)(program, context)
+    weight = program.tensor("down.weight")
+    assert isinstance(weight, nn.Parameter)
+    assert not weight[~keep].any()
+    assert weight[keep].any()
+
+
+def test_training_needs_training_data() -> None:
+    program, context = observed()
+    data = {"calibration": context.samples.calibration, "train": None, "eval": None}
+    with pytest.raises(InputError, match="no training data"):
+        TrainQuantized(epochs=1)(program, type(context)(data, dense=context.dense))
