@@ -99,11 +99,14 @@ class Quantized:
     Attributes:
         layers: by the name of a node with weights, the name of its weight.
         others: the names of other nodes.
+        paired: codes of weights that are multiplied side by side, where of one sign, add up to
+            128 at most, so that sums of two products fit 16 bits.
 
     """
 
     layers: Mapping[str, str]
     others: tuple[str, ...] = ()
+    paired: bool = False
 
 
 SENSITIVITY: Fact[Sensitivity] = Fact("sensitivity")

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from fxprune.context import Context
 from fxprune.data import batches
 from fxprune.evaluate import fixed_batch
+from fxprune.facts import OBSERVED
 from fxprune.host import features
 from fxprune.program import Program
 from fxprune.quantization_observers import Method, Observer, activation_scale, weight_scale
@@ -21,8 +22,7 @@ from fxprune.surgery import insert_call, read_tensor, replace_node, set_tensor
 from fxprune.training import placed
 
 ACTIVATION_CODES = (0, 255)
-WEIGHT_CODE = 127
-REDUCED_CODE = 64  # two products with 8-bit activations still fit 16 bits: 2 * 255 * 64 < 2**15
+WEIGHT_CODE = 127  # of two weights side by side, with rounding: 255 * (127 + 1) < 2**15
 HOME = "quantizers"  # under which the scales of activations are found
 
 
@@ -50,7 +50,7 @@ def sites(program: Program) -> tuple[Site, ...]:
     return tuple(Site(node, *node.args) for node in program.graph.nodes if node.target is OBSERVE)
 
 
-def observe(program: Program, placement: Placement, weight_code: int) -> int:
+def observe(program: Program, placement: Placement) -> int:
     """Put observers at every place; returns how many."""
     for root, readers in placement.roots.items():
         key = placement.keys[root]
@@ -64,7 +64,7 @@ def observe(program: Program, placement: Placement, weight_code: int) -> int:
         name = str(weight.target)
         stored = id(program.tensor(name))  # tied weights have several names
         if stored not in weights:
-            args = (weight, name, -weight_code, weight_code, True, 0)
+            args = (weight, name, -WEIGHT_CODE, WEIGHT_CODE, True, 0)
             weights[stored] = insert_call(program, layer, OBSERVE, args)
         layer.replace_input_with(weight, weights[stored])
     return len(placement.roots) + len(weights)
@@ -183,7 +183,9 @@ def _scale(
     """The scale and the zero point of a site."""
     if site.symmetric:
         weight = program.tensor(str(site.value.target))
-        scale = weight_scale(weight, site.high, site.axis, search=search_weights)
+        scale = weight_scale(
+            weight, site.high, site.axis, search=search_weights, paired=program.get(OBSERVED).paired
+        )
         return scale.detach(), torch.zeros_like(scale, dtype=torch.int8)
     span = observers[site.key].span(method, site.high - site.low + 1)
     step, zero = activation_scale(*span, (site.low, site.high))

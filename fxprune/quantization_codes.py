@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from fxprune.program import Program
+from fxprune.program import Program, shape_of
 from fxprune.quantization_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE, quantize
 from fxprune.quantization_patterns import argument, is_move, packet_of, pattern_of
 from fxprune.surgery import insert_call, read_tensor, replace_node, set_tensor, unused_name
@@ -27,12 +27,15 @@ def convert(program: Program) -> int:
     _sink(program)
     for node in list(program.graph.nodes):
         pattern = pattern_of(node)
-        if pattern is not None and pattern.weight is not None and _has_codes(node):
+        if pattern is not None and pattern.weight is not None and _sums_codes(node):
             _store_bias(program, node)
     return len(fakes)
 
 
-def _has_codes(layer: fx.Node) -> bool:
+def _sums_codes(layer: fx.Node) -> bool:
+    """Whether a layer will add its bias to sums of codes; products of stacks of rows do not."""
+    if packet_of(layer) is aten.linear and len(shape_of(layer)) != 2:
+        return False
     return all(isinstance(x, fx.Node) and x.target is DEQUANTIZE for x in layer.args[:2])
 
 

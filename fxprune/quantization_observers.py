@@ -142,20 +142,27 @@ def activation_scale(low: float, high: float, codes: tuple[int, int]) -> tuple[f
     return scale, min(max(round(codes[0] - low / scale), codes[0]), codes[1])
 
 
-def weight_scale(weight: Tensor, high: int, axis: int, *, search: bool = False) -> Tensor:
+def weight_scale(
+    weight: Tensor, high: int, axis: int, *, search: bool = False, paired: bool = False
+) -> Tensor:
     """Return the scale of every index along an axis, for codes from ``-high`` to ``high``.
 
     Args:
-        weight: the weight.
+        weight: the weight; its output channels are along ``axis``, its inputs along the next.
         high: the highest code.
         axis: the dimension of output channels.
         search: take the scale of least squared error, not that of the largest weight.
+        paired: let neighbours of one sign share ``high``, to within rounding.
 
     """
-    rows = weight.detach().movedim(axis, 0).flatten(1).double()
+    weight_rows = weight.detach().movedim(axis, 0).double()
+    rows = weight_rows.flatten(1)
     largest = rows.abs().amax(1)
+    if paired:  # kernels walk the inputs of one place after another, or all places of one input
+        largest = torch.maximum(largest, _neighbours(rows))
+        largest = torch.maximum(largest, _neighbours(weight_rows.movedim(1, -1).flatten(1)))
     best = torch.where(largest > 0, largest / high, torch.ones_like(largest))
-    if not search:
+    if not search or paired:
         return best.to(weight.dtype)
     whole, least = best, torch.full_like(best, torch.inf)
     for share in torch.linspace(0.5, 1, WEIGHT_CLIPS).tolist():
@@ -163,3 +170,11 @@ def weight_scale(weight: Tensor, high: int, axis: int, *, search: bool = False) 
         error = (torch.clamp(torch.round(rows / step), -high, high) * step - rows).square().sum(1)
         best, least = torch.where(error < least, share * whole, best), torch.minimum(error, least)
     return best.to(weight.dtype)
+
+
+def _neighbours(rows: Tensor) -> Tensor:
+    """The largest sum of two neighbours of one sign, per row."""
+    if rows.shape[1] < 2:
+        return rows.abs().amax(1)
+    sums = [side[:, :-1] + side[:, 1:] for side in (rows.clamp_min(0), (-rows).clamp_min(0))]
+    return torch.maximum(*sums).amax(1)

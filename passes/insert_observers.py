@@ -35,12 +35,15 @@ from fxprune.context import Context
 from fxprune.facts import MASKS, OBSERVED, REMOVED, Quantized
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
 from fxprune.program import Program
-from fxprune.quantization import REDUCED_CODE, WEIGHT_CODE, observe, sites, sums_overflow
+from fxprune.quantization import observe, sites, sums_overflow
 from fxprune.quantization_ops import DEQUANTIZE, FAKE_QUANTIZE
 from fxprune.quantization_patterns import is_depthwise, packet_of, pattern_of, place, weight_name
 
 aten = torch.ops.aten
-REDUCED_NOTE = "weights are kept to 7 bits, which processors without 8-bit dot products need"
+REDUCED_NOTE = (
+    "the range of weights is reduced so that two products fit 16 bits, as processors without 8-bit "
+    "dot products need"
+)
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class InsertObservers(Pass):
     Attributes:
         fp32: layers to leave in floating point, by patterns of their weights' or nodes' names.
         depthwise: quantise depthwise convolutions too.
-        reduce_range: keep weights to 7 bits, because products of 8 bits overflow the sums of
-            processors without 8-bit dot products; by default, where this is one.
+        reduce_range: keep sums of two products within 16 bits by smaller weights, as processors
+            without 8-bit dot products need; by default, where this is one.
 
     """
 
@@ -81,8 +84,8 @@ class InsertObservers(Pass):
         layers = {node.name: weight_name(node) for node in placement.layers}
         others = tuple(node.name for node in placement.others)
         reduced = sums_overflow() if self.reduce_range is None else self.reduce_range
-        count = observe(program, placement, REDUCED_CODE if reduced else WEIGHT_CODE)
-        program.put(OBSERVED, Quantized(layers, others))
+        count = observe(program, placement)
+        program.put(OBSERVED, Quantized(layers, others, reduced))
         notes = [REDUCED_NOTE] if reduced else []
         details = {"layers": len(layers), "others": len(others), "notes": notes}
         return Outcome(count, tuple(skips), details)

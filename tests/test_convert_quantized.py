@@ -39,7 +39,10 @@ def test_weights_and_biases_are_stored_as_codes() -> None:
         weight, bias = program.tensor(f"{name}.weight"), program.tensor(f"{name}.bias")
         assert (weight.dtype, bias.dtype) == (torch.int8, torch.int32)
         assert isinstance(weight, nn.Parameter)
-        assert weight.abs().max() <= 64
+        # Two products of neighbours fit 16 bits, whatever the activations.
+        rows = weight.movedim(1, -1).flatten(1).double()
+        for side in (rows.clamp_min(0), (-rows).clamp_min(0)):
+            assert 255 * (side[:, :-1] + side[:, 1:]).max() < 2**15
 
 
 def test_moves_work_on_codes() -> None:

@@ -27,12 +27,12 @@ def test_a_convolution_and_its_relu_have_codes_before_and_after() -> None:
         after="""
         input_1: 2x3x8x8 = input
         observe_default: 2x3x8x8 = fxprune.observe(input_1, input_1, 0, 255, False, -1)
-        observe_default_2: 4x3x3x3 = fxprune.observe(<0.weight 4x3x3x3>, 0.weight, -64, 64, True, 0)
+        observe_default_2: 4x3x3x3 = fxprune.observe(<0.weight 4x3x3x3>, 0.weight, -127, 127, True, 0)
         conv2d: 2x4x6x6 = conv2d(observe_default, observe_default_2, <0.bias 4>)
         relu: 2x4x6x6 = relu(conv2d)
         observe_default_1: 2x4x6x6 = fxprune.observe(relu, relu, 0, 255, False, -1)
         return observe_default_1
-        """,
+        """,  # noqa: E501
     )  # fmt: skip
     assert (outcome.changes, outcome.skips) == (3, ())
     assert outcome.details is not None
@@ -99,7 +99,7 @@ def test_depthwise_convolutions_are_left_unless_asked_for(depthwise: bool) -> No
     assert outcome.changes == (3 if depthwise else 0)
 
 
-def test_weights_have_seven_bits_where_that_is_needed() -> None:
-    for reduced, high in ((True, 64), (False, 127)):
-        program, _ = observed(reduce_range=reduced)
-        assert {site.high for site in sites(program) if site.symmetric} == {high}
+@pytest.mark.parametrize("reduced", [False, True])
+def test_the_range_of_weights_is_reduced_where_that_is_needed(reduced: bool) -> None:
+    program, _ = observed(reduce_range=reduced)
+    assert program.get(OBSERVED).paired == reduced

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import pytest
 import torch
 from quantized_nets import calibrated, observed
 from support import relative_error
-from torch import nn
+from torch import Tensor, nn
 
+from fxprune.context import Context
+from fxprune.data import batches
 from fxprune.errors import InputError
 from fxprune.facts import MASKS, Masks
 from fxprune.passes import TrainQuantized
@@ -16,12 +18,18 @@ from fxprune.quantization import fakes, sites
 from fxprune.quantization_observers import METHODS
 
 
-def states(program: Program) -> dict[str, torch.Tensor]:
+def states(program: Program) -> dict[str, Tensor]:
     return program.graph_module.state_dict()
 
 
-def error(program: Program, context: Any) -> float:
-    x, _ = context.samples.eval.gather(torch.arange(96))
+def images(context: Context) -> Tensor:
+    (batch,) = batches(context.samples.calibration, 96)
+    return cast(Tensor, batch.inputs[0])
+
+
+def error(program: Program, context: Context) -> float:
+    x = images(context)
+    assert context.dense is not None
     with torch.no_grad():
         return relative_error(program(x), context.dense(x))
 
@@ -46,9 +54,10 @@ def test_relu_has_its_zero_at_the_lowest_code_and_a_clamp_its_ceiling() -> None:
 def test_correcting_biases_leaves_the_means_of_the_dense_program() -> None:
     plain, context = calibrated(bias_correction=False)
     corrected, _ = calibrated(samples=96)
-    x, _ = context.samples.eval.gather(torch.arange(96))
+    x, dense = images(context), context.dense
+    assert dense is not None
     with torch.no_grad():
-        wanted = context.dense(x).mean(0)
+        wanted = dense(x).mean(0)
         before, after = (program(x).mean(0) - wanted for program in (plain, corrected))
     assert after.abs().max() < 0.05 * before.abs().max() + 1e-5
 
