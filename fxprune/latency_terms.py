@@ -100,8 +100,8 @@ def _of_layer(layer: Layer, shrinkage: Shrinkage) -> Term:
     for number, (dim, size) in enumerate(zip(layer.dims, sizes, strict=True)):
         shrink = None if isinstance(dim, int) else shrinkage.at(*dim)
         if shrink is not None:
-            shares[number] = np.round(shrink / size, 12)
-            tied.setdefault(shares[number].tobytes(), []).append(number)
+            shares[number] = shrink / size
+            tied.setdefault(np.round(shrink / size, 12).tobytes(), []).append(number)
     members = list(tied.values())[:AXES]
     axes = []
     for own in members:

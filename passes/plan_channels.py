@@ -27,7 +27,7 @@ from fxprune.budget import Name, Target
 from fxprune.context import Context
 from fxprune.cost import cost, cost_model
 from fxprune.cuts import Problem
-from fxprune.errors import InputError
+from fxprune.errors import BudgetError, InputError
 from fxprune.facts import PLAN, SENSITIVITY, Plan, Sensitivity
 from fxprune.groups import Group, find_groups
 from fxprune.latency_bench import Bench
@@ -108,6 +108,9 @@ class PlanChannels(Pass):
             raise InputError("plan-channels has no budget; give it macs=50%, or another")
         sensitivity = program.get(SENSITIVITY)
         groups, skips = self._candidates(find_groups(program), sensitivity)
+        if not groups:
+            why = "; ".join(sorted({skip.reason for skip in skips})[:3]) or "there are no groups"
+            raise BudgetError(f"nothing may be removed, so no budget can be met: {why}")
         orders = [cheapest_first(sensitivity, group) for group in groups]
 
         def doomed(removed: Ints) -> dict[Group, list[int]]:
