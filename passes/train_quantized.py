@@ -30,6 +30,7 @@ from fxprune.quantization import remeasure, settle, sites, walk
 from fxprune.quantization_bias import correct_biases
 from fxprune.quantization_observers import Method
 from fxprune.quantization_scales import learned_scales
+from fxprune.quantization_sensitivity import rounding_costs
 from fxprune.training import Schedule, train
 
 
@@ -52,6 +53,7 @@ class TrainQuantized(Pass):
         temperature: softens both sides of the distillation.
         learn_scales: train the scales too (arXiv 1902.08153).
         freeze: the share of epochs after which scales are no longer measured again.
+        sensitivity: tell by weight how much rounding in its layer raises the loss, dearest first.
 
     """
 
@@ -68,6 +70,7 @@ class TrainQuantized(Pass):
     temperature: float = 4.0
     learn_scales: bool = False
     freeze: float = 0.5
+    sensitivity: bool = False
 
     name: ClassVar[str] = "train-quantized"
     needs: ClassVar[Facts] = frozenset({OBSERVED})
@@ -84,6 +87,9 @@ class TrainQuantized(Pass):
             details["corrected"] = correct_biases(program, context, self.samples)
         if self.epochs > 0:
             details["epochs"] = self._train(program, context)
+        if self.sensitivity:
+            costs = rounding_costs(program, context, self.samples, self.batch_size)
+            details["sensitivity"] = costs
         program.put(CALIBRATED, program.get(OBSERVED))
         return Outcome(count, details=details)
 

@@ -72,17 +72,16 @@ CASES = {
 
 def load(folder: Path, case: Case, count: int) -> tuple[Program, Samples, Samples]:
     """Load a network, images to calibrate and train on, and images to measure on."""
-    data = load_data(folder / case.images, case.statistics)
+    data: Any = load_data(folder / case.images, case.statistics)
     arch = case.arch if case.arch.startswith("torchvision") else str(folder / case.arch)
     program = load_program(arch, case.argument, folder / case.weights, data)
-    known: Any = data
-    unseen: Any = data
+    known = unseen = data
     if case.held_out is None:
         order = shuffled(len(data))
         half = len(order) // 2
         known, unseen = Subset(data, order[:half]), Subset(data, order[half:][:count])
     else:
-        other = load_data(folder / case.held_out, case.statistics)
+        other: Any = load_data(folder / case.held_out, case.statistics)
         unseen = Subset(other, shuffled(len(other))[:count])
     return program, known, unseen
 
