@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from fxprune.export import export_onnx
 from fxprune.groups import Group
 from fxprune.latency import compare
 from fxprune.latency_model import Calibration, LatencyLedger
-from fxprune.latency_table import Profiled, Table, profile
+from fxprune.latency_profile import Profiled, profile
+from fxprune.latency_table import Table
 from fxprune.latency_terms import elements_of, latency_terms, shapes_of
 from fxprune.program import Program
 from fxprune.progress import Tracker
@@ -92,9 +91,8 @@ def calibrate(
         elements: how many are computed outside of layers.
 
     """
-    medians = {name: float(np.median(node.times)) for name, node in nodes.items()}
-    in_layers = sum(medians[name] for name, node in nodes.items() if node.operator in LAYERS) / 1e3
-    total = sum(medians.values()) / 1e3
+    in_layers = sum(node.us for node in nodes.values() if node.operator in LAYERS) / 1e3
+    total = sum(node.us for node in nodes.values()) / 1e3
     scale = min(1.0, whole / total) if total else 1.0  # a profile's own cost is not the network's
     per_us = scale * in_layers / us if us else 0.0
     per_element = scale * (total - in_layers) / elements if elements else 0.0

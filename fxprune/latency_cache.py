@@ -52,8 +52,8 @@ class Timing:
     """One layer's time.
 
     Attributes:
-        us: microseconds per run, the lower quartile of several.
-        spread: the distance between the quartiles, as a share of ``us``.
+        us: microseconds per run, the fastest of several sweeps.
+        spread: by what share of it the slowest sweep took longer.
         when: seconds since the epoch.
 
     """

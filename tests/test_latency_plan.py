@@ -21,7 +21,8 @@ from fxprune.latency_bench import LAYERS, Bench, calibrate
 from fxprune.latency_cache import Host
 from fxprune.latency_model import Calibration
 from fxprune.latency_plan import AIM, bench_for, solve_and_try
-from fxprune.latency_table import Profiled, Table
+from fxprune.latency_profile import Profiled
+from fxprune.latency_table import Table
 from fxprune.ledger import Floats
 from fxprune.merging import Ints
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
@@ -35,9 +36,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_calibration_splits_the_profile_and_keeps_the_whole() -> None:
     nodes = {
-        "a": Profiled("Conv", (90.0, 100.0, 500.0)),
+        "a": Profiled("Conv", (100.0, 500.0, 100.0, 900.0)),
         "b": Profiled("Gemm", (20.0, 20.0, 20.0)),
-        "c": Profiled("Relu", (30.0, 30.0, 31.0)),
+        "c": Profiled("Relu", (31.0, 30.0)),
     }
     assert nodes["a"].operator in LAYERS
     how = calibrate(nodes, whole=0.2, us=60.0, elements=1000.0)

@@ -1,0 +1,109 @@
+"""Compare predicted latencies with measured ones, and try latency budgets.
+
+    python -m tools.latency_study [--only resnet20,resnet56] [--threads 1] [--fresh]
+
+For cuts that leave given shares of the multiply-accumulates, the latency that the table predicts
+stands beside that of the network after export, in turns with the dense one. Then budgets on latency
+are planned for, and what each plan leaves is exported and measured once more. Weights are random;
+latency does not depend on them. ``--fresh`` measures the table anew, in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import fxprune
+from fxprune.context import Context
+from fxprune.errors import BudgetError
+from fxprune.latency_bench import Bench, open_bench
+from fxprune.latency_table import Table
+from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
+from fxprune.pipeline import Outcome
+from fxprune.program import Program
+from tools.budget_study import NETWORKS
+
+DEFAULT = "digits,resnet20,resnet56,mobilenet_v2"
+SHARES = ("75%", "50%", "30%")
+BUDGETS = ({"latency": "75%"}, {"latency": "60%"}, {"latency": "60%", "params": "50%"})
+HEADS = ("network", "asked", "predicted ms", "measured ms", "error", "of the limit", "plans", "s")
+
+
+def plan(program: Program, options: dict[str, str], threads: int) -> tuple[Program, Outcome]:
+    """Plan and cut a copy."""
+    context = Context(dense=program, threads=threads)
+    small = program.copy()
+    outcome = PlanChannels(**options)(small, context)  # type: ignore[arg-type]
+    RemoveChannels()(small, context)
+    return small, outcome
+
+
+def cuts(program: Program, bench: Bench) -> Iterator[list[str]]:
+    """Predict and measure cuts that were planned for their multiply-accumulates."""
+    for share in SHARES:
+        start = time.perf_counter()
+        small, _ = plan(program, {"macs": share}, 1)
+        predicted, measured = bench.predict(small), bench.measure(small)
+        seconds = f"{time.perf_counter() - start:.0f}"
+        yield [f"macs={share}", *_compared(predicted, measured), "", "", seconds]
+
+
+def budgets(program: Program, bench: Bench) -> Iterator[list[str]]:
+    """Plan for latencies, and measure what the plans leave once more."""
+    for options in BUDGETS:
+        asked, start = ",".join(f"{k}={v}" for k, v in options.items()), time.perf_counter()
+        try:
+            small, outcome = plan(program, options, bench.table.host.threads)
+        except BudgetError as error:
+            yield [asked, "refused", str(error), "", "", "", f"{time.perf_counter() - start:.0f}"]
+            continue
+        seconds = f"{time.perf_counter() - start:.0f}"
+        told = (outcome.details or {})["latency"]
+        share = float(options["latency"].rstrip("%")) / 100
+        measured = bench.measure(small)
+        used = f"{measured / (share * bench.dense_ms):.1%}"
+        yield [asked, *_compared(told["predicted_ms"], measured), used, str(told["plans"]), seconds]
+
+
+def _compared(predicted: float, measured: float) -> list[str]:
+    return [f"{predicted:.3f}", f"{measured:.3f}", f"{predicted / measured - 1:+.1%}"]
+
+
+def study(name: str, threads: int, folder: Path, fresh: bool) -> Iterator[list[str]]:
+    """Yield the rows of one network."""
+    network = NETWORKS[name]
+    torch.manual_seed(0)
+    program = fxprune.trace(network.make().eval(), (torch.randn(2, *network.shape),))
+    AnnotateSensitivity(criterion="magnitude-l2")(program, Context())
+    table = Table.open(threads, folder / "table.json" if fresh else None)
+    start = time.perf_counter()
+    bench = open_bench(program.copy(), folder, table)
+    seconds = f"{time.perf_counter() - start:.0f}"
+    yield ["dense", f"{bench.predict(program):.3f}", f"{bench.dense_ms:.3f}", "", "", "", seconds]
+    yield from cuts(program, bench)
+    yield from budgets(program, bench)
+    about = table.about(table.used)
+    yield [f"{about['entries']} layers, noise {about['noise']:.1%}", *[""] * 6]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default=DEFAULT, help="networks, separated by commas")
+    parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
+    parser.add_argument("--fresh", action="store_true", help="measure the table anew")
+    options = parser.parse_args()
+    print(f"| {' | '.join(HEADS)} |{chr(10)}{'|---' * len(HEADS)}|")
+    for name in options.only.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            for row in study(name, options.threads, Path(folder), options.fresh):
+                print(f"| {name} | {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
