@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,40 +13,36 @@ from torch import Tensor, fx
 from fxprune.activations import Store, Values, Walk
 from fxprune.facts import MASKS, REMOVED
 from fxprune.layers import layers
+from fxprune.menders import Settings, Site, descend, refit, restrict
 from fxprune.program import Program
-from fxprune.refit import Fit, Refit, restrict
 from fxprune.region import Region, comparable, cut
-from fxprune.surgery import set_tensor
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to reconstruct.
+class Mended:
+    """What happened to one layer.
 
     Attributes:
-        ridge: how strongly weights hold on to what they are, relative to their features' mean
-            square.
-        held_out: the share of the samples that judges a change and does not make it.
-        memory: the most bytes of activations in memory; the rest lies on disk.
+        layer: its weight.
+        until: the last value that was compared with the dense program's.
+        before: the error on samples held out: a mean square after a closed-form solution, relative
+            to the dense values and halved with a look ahead.
+        after: the same, with the new weights.
+        seconds: the time taken.
+        cg_steps: steps of conjugate gradients.
+        peak_gib: the most memory that the process has had so far.
 
     """
-
-    ridge: float
-    held_out: float
-    memory: int
-
-
-@dataclass(frozen=True)
-class Mended:
-    """What happened to one layer: the mean square errors before and after, and the time taken."""
 
     layer: str
     until: str
     before: float
     after: float
     seconds: float
+    cg_steps: int
+    peak_gib: float
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class Reconstruction:
         self._small = Walk(program, store, "program", device)
         self._large = Walk(dense, store, "dense", device)
         self._order = {node: number for number, node in enumerate(dense.graph.nodes)}
-        self._problems, self.declined = _plan(program, dense)
+        self._problems, self.declined = _plan(program, dense, settings.lookahead)
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -103,24 +100,26 @@ class Reconstruction:
             later = {node for other in self._problems[number:] for node in other.wanted}
             self._small.advance(problem.region.layer.node)
             self._large.advance(max(problem.wanted, key=self._order.__getitem__).next, later)
-            fit, region = self._fit(problem), problem.region
+            site = self._site(problem)
+            if self._settings.lookahead:
+                found = descend(site, self._settings)
+            else:
+                found = refit(site, self._settings.ridge)
             seconds = round(time.perf_counter() - start, 3)
-            name, until = region.layer.weight, region.outputs[-1].name
-            yield None if fit is None else Mended(name, until, fit.before, fit.after, seconds)
+            yield None if found is None else Mended(
+                problem.region.layer.weight, problem.region.outputs[-1].name,
+                found.before, found.after, seconds, found.cg_steps, round(_peak() / GIB, 3),
+            )  # fmt: skip
 
-    def _fit(self, problem: _Problem) -> Fit | None:
-        facts, region = self._program.facts, problem.region
-        masks = facts.get(MASKS.name)
-        keep = masks.keep.get(region.layer.weight) if masks else None
-        refit = Refit(self._program, region, keep)
+    def _site(self, problem: _Problem) -> Site:
         total = self._small.batches
         held_out = max(round(self._settings.held_out * total), 1) if total > 1 else 0
-        for number in range(total):
-            frontier, wanted = self._batch(problem, number)
-            refit.add(frontier, wanted, number >= total - held_out)
-        if len(region.layer.calls) == 1:
-            return refit.apply(self._settings.ridge)
-        return self._judged(problem, refit, range(total - held_out if held_out else 0, total))
+        masks = self._program.facts.get(MASKS.name)
+        return Site(
+            self._program, problem.region, masks.keep if masks else {},
+            lambda number: self._batch(problem, number),
+            range(total - held_out), range(total - held_out if held_out else 0, total),
+        )  # fmt: skip
 
     def _batch(self, problem: _Problem, number: int) -> tuple[Values, list[Tensor]]:
         """The values before the region, and those it is to reach, for one batch."""
@@ -130,29 +129,22 @@ class Reconstruction:
         ]
         return self._small.frontier(number), wanted
 
-    def _judged(self, problem: _Problem, refit: Refit, numbers: range) -> Fit | None:
-        """Re-fit a layer with several calls; they may feed each other, so look what came of it."""
 
-        def error() -> float:
-            return sum(refit.error(*self._batch(problem, number)) for number in numbers)
-
-        stored, before = refit.stored(), error()
-        fit = refit.apply(self._settings.ridge)
-        if fit is None or error() < before:
-            return fit
-        for name, value in stored.items():
-            set_tensor(self._program, name, value)
-        return Fit(fit.before, fit.before)
+def _peak() -> int:
+    """The most memory that the process has had, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on Linux
 
 
-def _plan(program: Program, dense: Program) -> tuple[tuple[_Problem, ...], tuple[Declined, ...]]:
+def _plan(
+    program: Program, dense: Program, lookahead: int
+) -> tuple[tuple[_Problem, ...], tuple[Declined, ...]]:
     usable = comparable(program, dense)
     named = {node.name: node for node in dense.graph.nodes}
     problems, declined = [], []
     for layer in layers(program):
-        if not layer.fits:
+        if not (layer.fits or lookahead):
             declined.append(Declined(layer.node.name, "transposed convolutions are not re-fitted"))
-        elif (region := cut(layer, 0, usable)) is None:
+        elif (region := cut(layer, lookahead, usable)) is None:
             reason = "the dense program has no value that its own could be compared with"
             declined.append(Declined(layer.node.name, reason))
         else:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.activations import Values
-from fxprune.facts import Removed
 from fxprune.layers import Layer, argument, blocks, packet, weight_rows
 from fxprune.leastsquares import Moments, solve
 from fxprune.program import Program
@@ -32,13 +31,6 @@ class Fit:
 
     before: float
     after: float
-
-
-def restrict(value: Tensor, node: fx.Node, removed: Removed | None) -> Tensor:
-    """Return what is left of a dense value after removal."""
-    for dim, indices in (removed.kept.get(node.name, {}) if removed else {}).items():
-        value = value.index_select(dim, indices.to(value.device))
-    return value
 
 
 class Refit:

@@ -7,6 +7,7 @@ computes from that. Its outputs are values that the dense program has as well.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,20 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.activations import Values, compute
-from fxprune.canonical import VIEWS
 from fxprune.layers import Layer, argument, channel_axis, packet
 from fxprune.program import Program
 
 aten = torch.ops.aten
 IDENTITIES = frozenset({aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.clone})
+# Operators that compute nothing, and so are no operations to look ahead.
+MOVES = IDENTITIES | {
+    getattr(aten, name)
+    for name in (
+        "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "expand", "slice",
+        "select", "split", "split_with_sizes", "chunk", "unbind", "unsqueeze", "squeeze",
+        "contiguous", "to", "detach", "alias", "pad", "constant_pad_nd",
+    )
+}  # fmt: skip
 SMALL = 1e-6  # a norm's scale under which a channel says nothing about the layer before it
 
 
@@ -151,20 +160,20 @@ def cut(layer: Layer, lookahead: int, usable: frozenset[fx.Node]) -> Region | No
 def _following(layer: Layer, lookahead: int) -> list[fx.Node]:
     """The layer's calls, and the operations after them that depend on them."""
     below, found, beyond = set(layer.calls), list(layer.calls), 0
-    calls = set(layer.calls)
+    calls = set(layer.calls[1:])  # those still to come
     for node in _onwards(layer.node):
+        calls.discard(node)
         if node.op != "call_function" or not below.intersection(node.all_input_nodes):
-            calls.discard(node)
             continue
         below.add(node)
-        calls.discard(node)
-        if node.target in VIEWS or not isinstance(node.meta.get("val"), Tensor):
+        moves = packet(node) in MOVES or node.target is operator.getitem
+        if moves or not isinstance(node.meta.get("val"), Tensor):
             continue
         found.append(node)
         beyond += not calls
         if beyond >= lookahead:
             break
-    return found
+    return [node for node in (layer.node, *_onwards(layer.node)) if node in found]
 
 
 def _onwards(node: fx.Node) -> Iterator[fx.Node]:

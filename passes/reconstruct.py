@@ -15,6 +15,10 @@ also makes good what was lost on the other side of a shortcut. The solution is e
 moments; samples that are held out tell how far to go towards it, output by output, and a change
 that does not bring them nearer is not made. Labels are not needed. Masked weights stay zero.
 
+With ``lookahead=K`` a second round makes the values of the next K operations those of the dense
+program as well, in so far as the layer's weights can, by Newton's method on conjugate gradients
+(SNOWS, arXiv 2411.18376), given all other layers as the first round left them.
+
 Declines transposed convolutions, and layers whose values have no counterpart in the dense program;
 computed weights, and those with readers other than layers, are left alone.
 """
@@ -22,7 +26,7 @@ computed weights, and those with readers other than layers, are left alone.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,9 +36,11 @@ from fxprune.data import batches
 from fxprune.errors import InputError
 from fxprune.evaluate import fixed_batch
 from fxprune.facts import MASKS, REMOVED
+from fxprune.lookahead import Curvature
+from fxprune.menders import Settings
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
 from fxprune.program import Program
-from fxprune.reconstruction import GIB, Reconstruction, Settings
+from fxprune.reconstruction import GIB, Mended, Reconstruction
 from fxprune.training import placed
 
 
@@ -48,6 +54,13 @@ class Reconstruct(Pass):
         ridge: how strongly weights hold on to what they are, relative to the mean square of what
             they multiply.
         held_out: the share of the samples that judges changes and does not make them.
+        lookahead: how many operations beyond each layer to look in a second round, by Newton's
+            method; 0 for no such round.
+        curvature: of the residuals alone, or as the paper has it of the whole loss.
+        steps: of Newton's method per layer, at most.
+        cg_steps: of conjugate gradients per Newton step, at most.
+        damping: added to the curvature, relative to what it is along the gradient.
+        tolerance: where conjugate gradients end, relative to the gradient.
         memory_gib: activations kept in memory at most; the rest lies on disk.
 
     """
@@ -56,6 +69,12 @@ class Reconstruct(Pass):
     batch_size: int = 128
     ridge: float = 1e-3
     held_out: float = 0.2
+    lookahead: int = 0
+    curvature: Curvature = "gauss-newton"
+    steps: int = 2
+    cg_steps: int = 20
+    damping: float = 1e-3
+    tolerance: float = 1e-3
     memory_gib: float = 2.0
 
     name: ClassVar[str] = "reconstruct"
@@ -67,21 +86,37 @@ class Reconstruct(Pass):
             raise InputError("reconstruct needs the dense model; set Context.dense")
         program.eval()
         dense = context.dense.copy().eval().to(context.device)
-        settings = Settings(self.ridge, self.held_out, int(self.memory_gib * GIB))
-        with placed(program, context.device), torch.no_grad(), Store(settings.memory) as store:
+        details: dict[str, Any] = {}
+        changed: set[str] = set()
+        with placed(program, context.device), torch.no_grad():
+            for lookahead in dict.fromkeys((0, self.lookahead)):
+                mended, skips, told = self._round(program, dense, context, lookahead)
+                changed |= {layer.layer for layer in mended if layer.after < layer.before}
+                told["layers"] = [asdict(layer) for layer in mended]
+                details |= {"lookahead": told} if lookahead else told
+        return Outcome(len(changed), skips, details)
+
+    def _round(
+        self, program: Program, dense: Program, context: Context, lookahead: int
+    ) -> tuple[list[Mended], tuple[Skip, ...], dict[str, Any]]:
+        """Mend every layer once."""
+        settings = Settings(
+            self.ridge, self.held_out, lookahead, self.curvature, self.steps, self.cg_steps,
+            self.damping, self.tolerance,
+        )  # fmt: skip
+        with Store(int(self.memory_gib * GIB)) as store:
             task = Reconstruction(program, dense, settings, store, context.device)
             total = self._enter(task, context, fixed_batch(program)) if len(task) else 0
-            work = context.progress.track(task.mend(), "reconstructing", len(task))
+            text = f"looking {lookahead} operations ahead" if lookahead else "reconstructing"
+            work = context.progress.track(task.mend(), text, len(task))
             mended = [layer for layer in work if layer is not None]
-        better = [layer for layer in mended if layer.after < layer.before]
-        skips = tuple(Skip(layer.node, layer.reason) for layer in task.declined)
-        details = {
+        told = {
             "samples": total,
             "activations_gib": round(store.peak / GIB, 3),
             "spilled_gib": round(store.spilled / GIB, 3),
-            "layers": [asdict(layer) for layer in mended],
         }
-        return Outcome(len(better), skips, details)
+        skips = tuple(Skip(layer.node, layer.reason) for layer in task.declined)
+        return mended, skips, told
 
     def _enter(self, task: Reconstruction, context: Context, fixed: int | None) -> int:
         """Hand over the samples; returns how many."""

@@ -1,0 +1,147 @@
+"""The two ways to mend a layer: solve for its weights, or descend with a look ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from fxprune.activations import Values
+from fxprune.facts import Removed
+from fxprune.lookahead import Curvature, Lookahead, variables
+from fxprune.newton import conjugate_gradients, dot, line_search
+from fxprune.program import Program
+from fxprune.refit import Fit, Refit
+from fxprune.region import Region
+from fxprune.surgery import set_tensor
+
+STAGNANT = 0.01  # a relative decrease under which another Newton step does not pay
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to reconstruct.
+
+    Attributes:
+        ridge: how strongly weights hold on to what they are, relative to their features' mean
+            square.
+        held_out: the share of the samples that judges a change and does not make it.
+        lookahead: how many operations beyond the layer Newton's method looks; with none, weights
+            are solved for.
+        curvature: of Newton's method.
+        steps: of Newton's method, at most.
+        cg_steps: of conjugate gradients in each of them, at most.
+        damping: relative to the curvature along the gradient.
+        tolerance: of conjugate gradients, relative to the gradient.
+
+    """
+
+    ridge: float = 1e-3
+    held_out: float = 0.2
+    lookahead: int = 0
+    curvature: Curvature = "gauss-newton"
+    steps: int = 2
+    cg_steps: int = 20
+    damping: float = 1e-3
+    tolerance: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Found:
+    """The errors on samples held out before and after, and the steps of conjugate gradients."""
+
+    before: float
+    after: float
+    cg_steps: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A layer to mend.
+
+    Attributes:
+        program: what it is part of.
+        region: the layer, and where its values are compared with the dense ones.
+        keep: masks by tensor; nothing for those that may change everywhere.
+        batch: returns, by number, the values before the region and the dense ones at its outputs.
+        fitted: the numbers of the batches that make changes.
+        judged: the numbers of those that judge them.
+
+    """
+
+    program: Program
+    region: Region
+    keep: Mapping[str, Tensor]
+    batch: Callable[[int], tuple[Values, list[Tensor]]]
+    fitted: range
+    judged: range
+
+
+def restrict(value: Tensor, node: fx.Node, removed: Removed | None) -> Tensor:
+    """Return what is left of a dense value after removal."""
+    for dim, indices in (removed.kept.get(node.name, {}) if removed else {}).items():
+        value = value.index_select(dim, indices.to(value.device))
+    return value
+
+
+def refit(site: Site, ridge: float) -> Found | None:
+    """Solve for a layer's weights; None where there is nothing to mend."""
+    layer = site.region.layer
+    task = Refit(site.program, site.region, site.keep.get(layer.weight))
+    for number in dict.fromkeys([*site.fitted, *site.judged]):
+        task.add(*site.batch(number), held_out=number not in site.fitted)
+    if len(layer.calls) == 1:
+        return _found(task.apply(ridge))
+
+    def error() -> float:  # calls may feed each other, so look what came of it
+        return sum(task.error(*site.batch(number)) for number in site.judged)
+
+    stored, before = task.stored(), error()
+    fit = task.apply(ridge)
+    if fit is None or error() < before:
+        return _found(fit)
+    for name, value in stored.items():
+        set_tensor(site.program, name, value)
+    return Found(fit.before, fit.before)
+
+
+def _found(fit: Fit | None) -> Found | None:
+    return None if fit is None else Found(fit.before, fit.after)
+
+
+def descend(site: Site, settings: Settings) -> Found | None:
+    """Take Newton steps on a layer's weights; None where there is nothing to mend.
+
+    The gradient is that of all batches, the curvature that of one, another one for each step.
+    """
+    names = variables(site.program, site.region)
+    keep = tuple(site.keep.get(name) for name in names)
+    task = Lookahead(site.program, site.region, names, keep, site.batch, {})
+    fitted = site.fitted or site.judged
+    point = task.point()
+    loss = before = task.loss(site.judged, point)
+    if not before:
+        return None
+    steps = 0
+    for number in range(settings.steps):
+        gradient = task.gradient(fitted, point)
+        product = task.product(fitted[number % len(fitted)], point, settings.curvature)
+        direction = conjugate_gradients(
+            product, gradient, damping=settings.damping, tolerance=settings.tolerance,
+            most=settings.cg_steps,
+        )  # fmt: skip
+        steps += direction.steps
+        slope = dot(gradient, direction.vector)
+        found = line_search(
+            lambda there: task.loss(site.judged, there), point, loss, direction.vector, slope
+        )
+        if found is None:
+            break
+        point, last, loss = found[0], loss, found[1]
+        if last - loss < STAGNANT * last:
+            break
+    if loss < before:
+        for name, value in zip(names, point, strict=True):
+            set_tensor(site.program, name, value)
+    return Found(before, min(loss, before), steps)

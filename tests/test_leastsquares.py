@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fxprune.leastsquares import Moments, solve
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def problem(groups: int = 2, features: int = 5, outputs: int = 3, n: int = 60) -> list[Tensor]:
+    sizes = (groups, features, n), (groups, outputs, n)
+    return [torch.randn(s, generator=GENERATOR, dtype=torch.float64) + 0.5 for s in sizes]
+
+
+def moments(x: Tensor, r: Tensor, parts: int = 4) -> Moments:
+    found = Moments.zeros(x.shape[0], x.shape[1], r.shape[1], x.device)
+    for a, b in zip(x.tensor_split(parts, 2), r.tensor_split(parts, 2), strict=True):
+        found.add(a, b)
+    return found
+
+
+def direct(x: Tensor, r: Tensor, bias: bool) -> tuple[np.ndarray, np.ndarray]:
+    rows = x.T.numpy()
+    if bias:
+        rows = np.hstack([rows, np.ones((len(rows), 1))])
+    found = np.linalg.lstsq(rows, r.T.numpy())[0]
+    return (found[:-1].T, found[-1]) if bias else (found.T, np.zeros(r.shape[0]))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_is_the_least_squares_solution(bias: bool) -> None:
+    x, r = problem()
+    change, shift = solve(moments(x, r), 0.0, bias=bias)
+    for group in range(2):
+        wanted, offset = direct(x[group], r[group], bias)
+        np.testing.assert_allclose(change[group], wanted, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(shift[group], offset, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_only_kept_weights_take_part(bias: bool) -> None:
+    x, r = problem()
+    keep = torch.rand(2, 3, 5, generator=GENERATOR) > 0.4
+    change, shift = solve(moments(x, r), 0.0, bias=bias, keep=keep)
+    for group in range(2):
+        for output in range(3):
+            kept = keep[group, output]
+            wanted, offset = direct(x[group][kept], r[group][output : output + 1], bias)
+            np.testing.assert_allclose(change[group, output][kept], wanted[0], rtol=1e-6)
+            np.testing.assert_allclose(shift[group, output], offset[0], rtol=1e-6, atol=1e-9)
+            assert not change[group, output][~kept].any()
+
+
+def test_a_large_ridge_leaves_the_weights_alone() -> None:
+    x, r = problem()
+    change, _ = solve(moments(x, r), 1e9, bias=False)
+    assert float(change.abs().max()) < 1e-6
+
+
+def test_features_that_never_vary_do_no_harm() -> None:
+    x, r = problem()
+    x[:, 2] = 0
+    change, shift = solve(moments(x, r), 1e-6, bias=True)
+    assert bool(change.isfinite().all())
+    assert bool(shift.isfinite().all())
+    assert float(change[:, :, 2].abs().max()) < 1e-9
+
+
+def test_loss_and_best_step_against_the_residuals() -> None:
+    x, r = problem()
+    change = torch.randn(2, 3, 5, generator=GENERATOR, dtype=torch.float64)
+    shift = torch.randn(2, 3, generator=GENERATOR, dtype=torch.float64)
+    seen = moments(x, r)
+
+    def loss(size: Tensor) -> Tensor:
+        made = (size.unsqueeze(2) * change) @ x + (size * shift).unsqueeze(2)
+        return (r - made).square().sum(2)
+
+    torch.testing.assert_close(seen.loss(change, shift), loss(torch.ones(2, 3)))
+    size = seen.best_step(change, shift)
+    for step in (-0.01, 0.01):
+        moved = (size + step).clamp(0, 1)
+        assert bool((loss(moved) >= loss(size) - 1e-9).all())
