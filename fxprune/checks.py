@@ -95,6 +95,7 @@ def result_checks(
     in_file: Evaluation,
     max_drop: float | None,
     parity_limit: float = PARITY_LIMIT,
+    accuracy_limit: float = ACCURACY_LIMIT,
 ) -> dict[str, Check]:
     """Judge the emitted file: against PyTorch, and by the accuracy it may lose."""
     checks = {
@@ -105,7 +106,7 @@ def result_checks(
     if after.accuracy is None or in_file.accuracy is None:
         checks["onnx_accuracy"] = Check.skipped(after.note or "accuracy was not measured")
     else:
-        limit = ACCURACY_LIMIT + 1 / max(in_file.predictions, 1)
+        limit = accuracy_limit + 1 / max(in_file.predictions, 1)
         apart = abs(after.accuracy - in_file.accuracy)
         checks["onnx_accuracy"] = Check.of(apart, limit, "ONNX Runtime against PyTorch")
     if max_drop is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fxprune.budget import Target
 from fxprune.checkpoint import Checkpoint, Journal, fingerprint
-from fxprune.checks import check_masks, check_removal, result_checks
+from fxprune.checks import ACCURACY_LIMIT, check_masks, check_removal, result_checks
 from fxprune.context import Context
 from fxprune.data import Data
 from fxprune.evaluate import Evaluation
@@ -18,7 +18,7 @@ from fxprune.measure import Judge, emit, measures
 from fxprune.options import Options
 from fxprune.pipeline import Entry, Pipeline
 from fxprune.program import Program
-from fxprune.quantization_checks import check_agreement, check_fusion
+from fxprune.quantization_checks import DISAGREEMENT, check_agreement, check_fusion
 from fxprune.quantization_onnx import is_quantized
 from fxprune.report import Check, GroupEntry, Measures, RunReport, TargetEntry, environment
 from fxprune.search import Limits, Trial, budgeted, search, winner
@@ -96,7 +96,13 @@ def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunRep
     )  # fmt: skip
     in_file = judge.file(aside / "model.onnx", "evaluating the ONNX file")
     checks |= result_checks(
-        emission.small, before, after, in_file, options.max_drop, parity_limit(small)
+        emission.small,
+        before,
+        after,
+        in_file,
+        options.max_drop,
+        parity_limit(small),
+        DISAGREEMENT if is_quantized(small) else ACCURACY_LIMIT,
     )
     if MASKS.name in small.facts:
         checks["masks"] = check_masks(small, aside / "model.onnx")

@@ -2,7 +2,8 @@
 
 Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv
 1906.04721, section 4.2, by the empirical means of calibration samples. Layers are corrected in
-order, each on inputs that are already corrected, in one walk.
+order, each on inputs that are already corrected. Every batch moves the biases by its share, one
+part in as many as there have been batches, so that they settle at the average.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.context import Context
-from fxprune.cost import activation_bytes
+from fxprune.cost import batch_of
 from fxprune.data import batches
 from fxprune.evaluate import fixed_batch
 from fxprune.program import Program
@@ -23,7 +24,7 @@ from fxprune.quantization_patterns import argument, pattern_of
 from fxprune.surgery import set_tensor
 from fxprune.training import placed
 
-MEMORY = 2**29  # bytes of activations that the samples, taken at once, may fill
+MEMORY = 2**28  # bytes that a batch's largest value may fill
 
 
 def correct_biases(program: Program, context: Context, samples: int) -> int:
@@ -32,16 +33,25 @@ def correct_biases(program: Program, context: Context, samples: int) -> int:
         node: bias for node in program.graph.nodes if (bias := _own_bias(program, node)) is not None
     }
     program.refresh()  # memory is told by the values of nodes, and fake-quantisers are new
-    size = fixed_batch(program) or max(1, min(samples, MEMORY // activation_bytes(program)))
+    count = min(samples, len(context.samples.calibration))
+    size = fixed_batch(program) or max(1, min(count, MEMORY // _largest(program)))
     with placed(program.eval(), context.device), torch.no_grad():
         stream = batches(
-            context.samples.calibration, size, seed=context.seed, limit=size, device=context.device
-        )
-        batch = next(stream)
-        exact = _Exact(program, biases)
-        exact.run(*batch.inputs)
-        _Correcting(program, biases, exact.means).run(*batch.inputs)
+            context.samples.calibration, size, seed=context.seed, limit=count - count % size,
+            device=context.device,
+        )  # fmt: skip
+        for number, batch in enumerate(stream):
+            exact = _Exact(program, biases)
+            exact.run(*batch.inputs)
+            _Correcting(program, biases, exact.means, 1 / (number + 1)).run(*batch.inputs)
     return len(biases)
+
+
+def _largest(program: Program) -> int:
+    """Bytes of the largest value of one sample."""
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "call_function"]
+    sizes = (v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+    return max(1, max(sizes, default=1) // batch_of(program))
 
 
 def _own_bias(program: Program, node: fx.Node) -> str | None:
@@ -91,16 +101,20 @@ class _Correcting(fx.Interpreter):
     """Runs a program with rounding and moves each bias until the layer's means are right."""
 
     def __init__(
-        self, program: Program, layers: Mapping[fx.Node, str], means: Mapping[fx.Node, Tensor]
+        self,
+        program: Program,
+        layers: Mapping[fx.Node, str],
+        means: Mapping[fx.Node, Tensor],
+        share: float,
     ) -> None:
         super().__init__(program.graph_module)
-        self._program, self._layers, self._means = program, layers, means
+        self._program, self._layers, self._means, self._share = program, layers, means, share
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n not in self._layers:
             return value
-        shift = (self._means[n] - _channel_means(n, value)).to(value.dtype)
+        shift = (self._share * (self._means[n] - _channel_means(n, value))).to(value.dtype)
         bias = self._program.tensor(self._layers[n])
         set_tensor(self._program, self._layers[n], bias.detach() + shift)
         last = n.target is torch.ops.aten.linear.default

@@ -1,12 +1,14 @@
 """Quantise trained networks and set them beside ONNX Runtime's own quantiser.
 
     python -m tools.int8_study FOLDER [--only resnet20,vit] [--evaluate 1000] [--calibrate 512]
-                               [--epochs 0] [--train 10000] [--macs 50%] [--seconds 5]
+                               [--methods MinMax,Entropy,Percentile] [--epochs 0]
+                               [--train 10000] [--macs 50%] [--seconds 5] [--depthwise]
 
 FOLDER holds the checkpoints and data named below. Every variant of a network calibrates and is
 measured on the same images, in ONNX Runtime, and all are timed in turns. The other quantiser,
 ``onnxruntime.quantization.quantize_static``, gets the same FP32 file after its own preprocessing,
-8-bit activations, 8-bit weights per channel, and each of its three calibration methods.
+8-bit activations, 8-bit weights per channel, and each of its calibration methods (all but MinMax
+keep the activations of every image in memory).
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from fxprune.quantization import sums_overflow
 from fxprune.quantization_onnx import inspect_fusion
 from tools.study_models import CIFAR, HALF, IMAGENET, NETWORKS, Statistics, load_data, load_program
 
-METHODS = ("MinMax", "Entropy", "Percentile")
+METHODS = "MinMax,Entropy,Percentile"
 VIT = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -92,7 +94,9 @@ def shuffled(count: int) -> list[int]:
     return order
 
 
-def other_quantiser(path: Path, samples: Samples, count: int, folder: Path) -> dict[str, Path]:
+def other_quantiser(
+    path: Path, samples: Samples, count: int, folder: Path, methods: list[str]
+) -> dict[str, Path]:
     """Quantise an FP32 file with ONNX Runtime's own tool, by each calibration method."""
     from onnxruntime import quantization as other
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -110,7 +114,7 @@ def other_quantiser(path: Path, samples: Samples, count: int, folder: Path) -> d
     quant_pre_process(str(path), str(ready))
     (name,) = (slot.name for slot in _inputs(path))
     written = {}
-    for method in METHODS:
+    for method in methods:
         file = folder / f"other-{method}.onnx"
         other.quantize_static(
             str(ready), str(file), Reader(name), quant_format=other.QuantFormat.QDQ,
@@ -129,10 +133,12 @@ def _inputs(path: Path) -> list[Any]:
     return list(session.get_inputs())
 
 
-def ours(program: Program, context: Context, path: Path, **training: Any) -> float:
+def ours(
+    program: Program, context: Context, path: Path, depthwise: bool = False, **training: Any
+) -> float:
     """Quantise a folded program into a file; return its agreement with PyTorch."""
     small = program.copy()
-    passes = InsertObservers(), TrainQuantized(**training), ConvertQuantized()
+    passes = InsertObservers(depthwise=depthwise), TrainQuantized(**training), ConvertQuantized()
     Pipeline(passes).run(small, context)
     export_onnx(small, path)
     in_torch, in_onnx = run_program(small), run_onnx(path)
@@ -143,6 +149,17 @@ def ours(program: Program, context: Context, path: Path, **training: Any) -> flo
             ours = in_torch(batch.inputs).argmax(1)
         same.append(ours == in_onnx(batch.inputs).argmax(1))
     return float(torch.cat(same).double().mean())
+
+
+def variants(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The ways in which fxprune quantises, by name, with their options."""
+    plain = {"samples": options.calibrate}
+    found: dict[str, dict[str, Any]] = {"fxprune, calibrated": plain}
+    if options.depthwise:
+        found["fxprune, depthwise too"] = {**plain, "depthwise": True}
+    if options.epochs:
+        found[f"fxprune, {options.epochs} epochs"] = {**plain, "epochs": options.epochs}
+    return found
 
 
 def study(folder: Path, case: Case, options: argparse.Namespace) -> Iterator[list[str]]:
@@ -158,16 +175,13 @@ def study(folder: Path, case: Case, options: argparse.Namespace) -> Iterator[lis
     with tempfile.TemporaryDirectory() as scratch:
         files = {"FP32": Path(scratch) / "fp32.onnx"}
         export_onnx(program, files["FP32"])
-        files |= other_quantiser(files["FP32"], known, options.calibrate, Path(scratch))
+        files |= other_quantiser(
+            files["FP32"], known, options.calibrate, Path(scratch), options.methods.split(",")
+        )
         agreement: dict[str, float] = {}
-        variants = {"fxprune, calibrated": 0, f"fxprune, {options.epochs} epochs": options.epochs}
-        for name, epochs in variants.items():
-            if name in agreement or (epochs == 0 and agreement):
-                continue
-            files[name] = Path(scratch) / f"fxprune-{epochs}.onnx"
-            agreement[name] = ours(
-                program, context, files[name], samples=options.calibrate, epochs=epochs
-            )
+        for name, given in variants(options).items():
+            files[name] = Path(scratch) / f"{name}.onnx"
+            agreement[name] = ours(program, context, files[name], **given)
         times = compare(files, seconds=options.seconds)
         for name, path in files.items():
             accuracy = evaluate(run_onnx(path), unseen).accuracy
@@ -187,6 +201,8 @@ def main() -> None:
     parser.add_argument("--only", help="networks, separated by commas")
     parser.add_argument("--evaluate", type=int, default=1000)
     parser.add_argument("--calibrate", type=int, default=512)
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--depthwise", action="store_true", help="try them on codes too")
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--train", type=int, default=10000)
     parser.add_argument("--macs", help="prune to this first")
