@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from fxprune.context import Context
-from fxprune.errors import FxpruneError, InputError
+from fxprune.errors import FxpruneError
 from fxprune.facts import Sensitivity
 from fxprune.groups import Group
 from fxprune.program import Program
@@ -35,7 +36,8 @@ def measure(
         context: data, loss, device, seed, progress.
 
     Returns:
-        The scores, the layout of the units, and the groups without a score, with the reason.
+        The scores, the layout of the units, and the groups without a score, with the reason. Where
+        ``gauss-newton`` cannot be had, the nearest criterion that can; its details say why.
 
     Raises:
         InputError: the criterion cannot be had for this loss, data or precision.
@@ -46,11 +48,16 @@ def measure(
     if not len(layout):
         return Sensitivity(settings.criterion, {}), layout, {}
     work = program.copy().eval().to(context.device)
-    measured = _measure(Task(work, layout, settings, context))
+    task = Task(work, layout, settings, context)
+    nearest, why = _nearest(task)
+    settings = replace(settings, criterion=nearest)
+    measured = _measure(replace(task, settings=settings))
     skipped = measured.skipped or {}
     parts = layout.split(measured.scores)
     errors = {} if measured.errors is None else layout.split(measured.errors)
     details: Details = {"units": len(layout), **(measured.details or {})}
+    if why is not None:
+        details |= {"criterion": nearest, "note": f"{nearest} instead of gauss-newton: {why}"}
     if measured.errors is not None:
         details["expected_misplaced"] = misplaced(
             measured.scores, measured.errors, settings.rule.cut
@@ -62,6 +69,25 @@ def measure(
         details,
     )
     return sensitivity, layout, skipped
+
+
+def _nearest(task: Task) -> tuple[Criterion, str | None]:
+    """Return the criterion, or what comes nearest to one that cannot be had, and why it cannot."""
+    if task.settings.criterion != "gauss-newton":
+        return task.settings.criterion, None
+    kind = task.objective().kind
+    if kind == "other":
+        batch = next(iter(task.batches()), None)
+        if batch is None or batch.target is None:
+            return "output-shift", "there are no labels for this loss, whose curvature is unknown"
+        return "fisher", "the curvature of this loss in the outputs is unknown"
+    with torch.no_grad():
+        outputs = single_tensor(task.program(*task.program.example_inputs))
+    if outputs is None:
+        return "output-shift", "the model has several outputs, and the loss is about one"
+    if kind == "cross-entropy" and (outputs.dim() < 2 or outputs.shape[1] == 1):
+        return "output-shift", "the output has a single class, in which cross-entropy is flat"
+    return "gauss-newton", None
 
 
 def _measure(task: Task) -> Measured:
@@ -87,14 +113,6 @@ def _measure(task: Task) -> Measured:
 def _gated(task: Task) -> Measured:
     settings, objective = task.settings, task.objective()
     assert settings.criterion in ("taylor", "fisher", "gauss-newton", "output-shift")
-    if settings.criterion == "gauss-newton" and (
-        objective.kind == "other"
-        or single_tensor(task.program(*task.program.example_inputs)) is None
-    ):
-        raise InputError(
-            "criterion=gauss-newton takes cross-entropy or a squared error on one output; use "
-            "output-shift, gauss-newton-trace, fisher or taylor for another loss"
-        )
     gates = GateProbes(
         GatedProgram.of(task.program, task.layout.groups),
         objective,

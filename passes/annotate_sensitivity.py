@@ -10,8 +10,10 @@ and the fact ``sensitivity``: by group, one score per unit and, where it is an e
 standard error. The relative Hessian trace of HAP (arXiv 2101.08940) of a unit ``u`` is
 ``Tr(H_uu) / (2 |u|) ||w_u||^2`` over all weights that die with it; its probes stop once the ranking
 at the cut has settled. Other criteria are scored in the same way and compared in
-``docs/sensitivity.md``. Groups that a criterion cannot score (``bn-scale`` where there is no batch
-norm) are declined and get no scores.
+``docs/sensitivity.md``. The default, ``gauss-newton``, takes cross-entropy or a squared error on
+one output of any shape. Where the loss is another, ``fisher`` stands in for it, or ``output-shift``
+where there are no labels or the model has several outputs; the report says so. Groups that a
+criterion cannot score (``bn-scale`` where there is no batch norm) are declined and get no scores.
 """
 
 from __future__ import annotations
@@ -91,4 +93,6 @@ class AnnotateSensitivity(Pass):
             if str(node.target) in spread:
                 node.meta[META] = spread[str(node.target)]
         skips = tuple(Skip(name, reason) for name, reason in skipped.items())
-        return Outcome(0, skips, {"criterion": self.criterion, **sensitivity.details})
+        details = {"criterion": self.criterion, **sensitivity.details}
+        note = details.pop("note", None)
+        return Outcome(0, skips, details | ({"notes": [note]} if note else {}))

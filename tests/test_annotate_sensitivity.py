@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from support import trace
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fxprune import find_groups
+from fxprune import find_groups, remove_units
 from fxprune.context import Context
 from fxprune.data import Data
 from fxprune.datasets import Arrays
 from fxprune.facts import SENSITIVITY, Slot
 from fxprune.graph_text import graph_text
 from fxprune.passes.annotate_sensitivity import META, AnnotateSensitivity
+from fxprune.pipeline import Outcome
+from fxprune.program import Program
 
 
 class Branches(nn.Module):
@@ -115,3 +121,92 @@ def test_a_unit_holds_an_element_once_though_it_meets_it_along_two_dimensions() 
     torch.testing.assert_close(scores.float(), total / total.mean())
     (group,) = (g for g in find_groups(program) if g.frozen_because is None)
     assert Slot("mix.weight", 1) in group.slots
+
+
+class Heads(nn.Module):
+    """A hidden layer without an activation, and outputs of any kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.hidden = nn.Conv2d(2, 6, 1)
+        self.out = nn.Conv2d(6, 1 if kind == "single" else 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.out(self.hidden(x))
+        match self.kind:
+            case "pixels":
+                return x
+            case "several":
+                return x.mean((2, 3)), x.square()
+        return x.mean((2, 3))
+
+
+def several(outputs: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+    return F.cross_entropy(outputs[0], target) + outputs[1].mean()
+
+
+def annotated(
+    kind: str, loss: Any, target: Tensor | None, **options: Any
+) -> tuple[Program, Program, Outcome]:
+    torch.manual_seed(0)
+    model, x = Heads(kind).double(), torch.randn(8, 2, 4, 4, dtype=torch.float64)
+    program = trace(model, x[:2])
+    dense = program.copy()
+    outcome = AnnotateSensitivity(**options)(
+        program, Context(data=Data(Arrays(x, target)), loss=loss)
+    )
+    return program, dense, outcome
+
+
+PIXELS = torch.randint(3, (8, 4, 4), generator=torch.Generator().manual_seed(1))
+VALUES = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+LABELS = torch.arange(8) % 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "target", "used", "reason"),
+    [
+        ("pixels", F.cross_entropy, PIXELS, "gauss-newton", None),
+        ("pixels", F.cross_entropy, None, "gauss-newton", None),
+        ("values", F.mse_loss, VALUES, "gauss-newton", None),
+        ("values", F.smooth_l1_loss, VALUES, "fisher", "curvature of this loss"),
+        ("values", F.smooth_l1_loss, None, "output-shift", "no labels for this loss"),
+        ("several", several, LABELS, "fisher", "curvature of this loss"),
+        ("several", F.cross_entropy, LABELS, "output-shift", "several outputs"),
+        ("single", F.cross_entropy, LABELS, "output-shift", "a single class"),
+    ],
+)
+def test_the_default_takes_every_kind_of_model(
+    kind: str, loss: Any, target: Tensor | None, used: str, reason: str | None
+) -> None:
+    program, _, outcome = annotated(kind, loss, target)
+    found = program.get(SENSITIVITY)
+    assert found.criterion == used
+    (scores,) = found.scores.values()
+    assert scores.isfinite().all()
+    assert (scores > 0).all()
+    assert outcome.details is not None
+    assert outcome.details["criterion"] == used
+    notes = outcome.details.get("notes", [])
+    assert len(notes) == (0 if reason is None else 1)
+    assert reason is None or (reason in notes[0] and f"{used} instead of gauss-newton" in notes[0])
+
+
+@pytest.mark.parametrize(("kind", "error"), [("values", 1e-9), ("pixels", 0.25)])
+def test_without_an_activation_the_default_is_the_rise_of_a_squared_error(
+    kind: str, error: float
+) -> None:
+    """The model is linear in each gate, so second order in the outputs is all there is."""
+    program, dense, _ = annotated(kind, F.mse_loss, None, output_probes=400)
+    (scores,) = program.get(SENSITIVITY).scores.values()
+    torch.manual_seed(0)
+    Heads(kind).double()
+    x = torch.randn(8, 2, 4, 4, dtype=torch.float64)
+    for unit in range(6):
+        small = dense.copy()
+        (group,) = (group for group in find_groups(small) if group.frozen_because is None)
+        remove_units(small, {group: [unit]})
+        with torch.no_grad():
+            rise = F.mse_loss(small(x), dense(x))
+        assert float(scores[unit]) == pytest.approx(float(rise), rel=error)
