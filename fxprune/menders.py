@@ -11,6 +11,7 @@ from fxprune.activations import Values
 from fxprune.facts import Removed
 from fxprune.lookahead import Curvature, Lookahead, variables
 from fxprune.newton import conjugate_gradients, dot, line_search
+from fxprune.precondition import preconditioner
 from fxprune.program import Program
 from fxprune.refit import Fit, Refit
 from fxprune.region import Region
@@ -124,12 +125,15 @@ def descend(site: Site, settings: Settings) -> Found | None:
     if not before:
         return None
     steps = 0
+    precondition = preconditioner(
+        site.program, site.region.layer, names, keep[0], site.batch(fitted[0])[0]
+    )
     for number in range(settings.steps):
         gradient = task.gradient(fitted, point)
         product = task.product(fitted[number % len(fitted)], point, settings.curvature)
         direction = conjugate_gradients(
             product, gradient, damping=settings.damping, tolerance=settings.tolerance,
-            most=settings.cg_steps,
+            most=settings.cg_steps, precondition=precondition,
         )  # fmt: skip
         steps += direction.steps
         slope = dot(gradient, direction.vector)
