@@ -120,6 +120,7 @@ def _strip(model: Any) -> None:
     kept = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
+    for node in model.graph:
         for value in node.outputs:
             value.metadata_props.clear()
             if id(value) not in kept:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from fxprune.program import Program, shape_of
 from fxprune.quantization_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE, quantize
-from fxprune.quantization_patterns import argument, is_move, packet_of, pattern_of
+from fxprune.quantization_patterns import argument, is_move, origin, packet_of, pattern_of
 from fxprune.surgery import insert_call, read_tensor, replace_node, set_tensor, unused_name
 
 aten = torch.ops.aten
@@ -19,6 +19,10 @@ BIAS_LIMIT = 2**30  # a bias fills at most half of 32 bits, so that sums have ro
 def convert(program: Program) -> int:
     """Replace every fake-quantiser; returns how many."""
     fakes = [node for node in program.graph.nodes if node.target is FAKE_QUANTIZE]
+    for layer in list(program.graph.nodes):
+        pattern = pattern_of(layer)
+        if pattern is not None and pattern.weight is not None:
+            _make_room(program, layer)
     for fake in fakes:
         if _weight_of(fake) is not None:
             _store_weight(program, fake)
@@ -30,6 +34,17 @@ def convert(program: Program) -> int:
         if pattern is not None and pattern.weight is not None and _sums_codes(node):
             _store_bias(program, node)
     return len(fakes)
+
+
+def _make_room(program: Program, layer: fx.Node) -> None:
+    """Widen the steps of weights that are nothing beside their bias, until that fits its code."""
+    x, weight, bias = origin(cast(fx.Node, layer.args[0])), layer.args[1], argument(layer, "bias")
+    if x.target is not FAKE_QUANTIZE or not isinstance(bias, fx.Node) or bias.op != "get_attr":
+        return
+    if isinstance(weight, fx.Node) and weight.target is FAKE_QUANTIZE:
+        scale = cast(fx.Node, weight.args[1])
+        least = _tensor(program, bias).abs() / (_tensor(program, x.args[1]) * BIAS_LIMIT)
+        set_tensor(program, str(scale.target), torch.maximum(_tensor(program, scale), least))
 
 
 def _sums_codes(layer: fx.Node) -> bool:

@@ -115,6 +115,13 @@ def is_move(node: fx.Node) -> bool:
     return True
 
 
+def origin(node: fx.Node) -> fx.Node:
+    """Return what a value was before moves; of a concatenation, the first part."""
+    while is_move(node):
+        node = next(sources(node))
+    return node
+
+
 def is_depthwise(node: fx.Node) -> bool:
     """Whether a layer is a convolution of each channel by itself."""
     groups: int = argument(node, "groups", 1)

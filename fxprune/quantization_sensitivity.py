@@ -8,7 +8,7 @@ predictions. One walk forwards and one back give all layers at once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +19,7 @@ from fxprune.data import batches
 from fxprune.evaluate import class_axis, fixed_batch, logits_of
 from fxprune.program import Program
 from fxprune.quantization_ops import FAKE_QUANTIZE
-from fxprune.quantization_patterns import is_move, sources
+from fxprune.quantization_patterns import origin
 from fxprune.sensitivity_model import kind_of
 from fxprune.training import placed
 
@@ -85,7 +85,7 @@ class _Walker(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(layer)
         with torch.no_grad():
             rounded = [
-                self._rounded(_origin(node), tensor)
+                self._rounded(origin(cast(fx.Node, node)), tensor)
                 for node, tensor in zip(layer.args[:2], args[:2], strict=True)
             ]
             moved: Tensor = layer.target(*rounded, *args[2:], **kwargs)  # type: ignore[operator]
@@ -97,13 +97,6 @@ class _Walker(fx.Interpreter):
         scale, zero = (self._program.tensor(str(x.target)) for x in fake.args[1:3])  # type: ignore[union-attr]
         rounded: Tensor = FAKE_QUANTIZE(value, scale, zero, *fake.args[3:])
         return rounded
-
-
-def _origin(node: Any) -> fx.Node:
-    """Where codes come from: rounding and moving give the same in either order."""
-    while is_move(node):
-        node = next(sources(node))
-    return node  # type: ignore[no-any-return]
 
 
 def _stored(fake: fx.Node) -> str:

@@ -6,7 +6,7 @@ import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from quantized_nets import calibrated, converted
+from quantized_nets import Shortcuts, calibrated, converted
 from support import relative_error
 from torch import nn
 
@@ -43,6 +43,33 @@ def test_weights_and_biases_are_stored_as_codes() -> None:
         rows = weight.movedim(1, -1).flatten(1).double()
         for side in (rows.clamp_min(0), (-rows).clamp_min(0)):
             assert 255 * (side[:, :-1] + side[:, 1:]).max() < 2**15
+
+
+def test_a_bias_that_dwarfs_its_weights_is_kept() -> None:
+    program, context = calibrated()
+    with torch.no_grad():
+        program.tensor("head.weight")[1] *= 1e-9
+        program.tensor("head.weight_scale")[1] *= 1e-9
+        program.tensor("head.bias")[1] = 5.0
+    ConvertQuantized()(program, context)
+    with torch.no_grad():
+        torch.testing.assert_close(program(X)[:, 1], torch.full((32,), 5.0), rtol=1e-6, atol=0)
+
+
+def test_a_pruned_and_quantised_model_in_one_call(tmp_path: Path) -> None:
+    _, context = calibrated()
+    torch.manual_seed(0)
+    result = fxprune.compile(
+        Shortcuts(), (X[:1],), data=context.samples, target="params=70%", int8=True, out=tmp_path,
+        latency_seconds=0.1,
+    )  # fmt: skip
+    checks = result.report.checks
+    assert checks["int8_fused"].passed
+    assert checks["int8_agreement"].passed
+    assert result.report.ok
+    assert result.report.after.onnx_bytes is not None
+    assert result.program.tensor("down.weight").dtype == torch.int8
+    assert "convert-quantized" in (tmp_path / "recipe.toml").read_text()
 
 
 def test_moves_work_on_codes() -> None:

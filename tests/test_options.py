@@ -51,3 +51,13 @@ def test_epochs_and_steps_are_for_the_default_pipeline() -> None:
             resolve(options)
     with pytest.raises(InputError, match="steps is 0"):
         make_options(steps=0)
+
+
+def test_codes_come_last() -> None:
+    names = [step.name for step in default_pipeline(HALF, 0, int8=True)]
+    assert names[-4:] == [
+        "fold-batchnorm", "insert-observers", "train-quantized", "convert-quantized",
+    ]  # fmt: skip
+    assert resolve(make_options(int8=True))[0] == default_pipeline(HALF, 0, int8=True)
+    with pytest.raises(InputError, match="insert-observers,train-quantized"):
+        resolve(make_options(pipeline="fold-batchnorm", int8=True))
