@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,8 @@ from torch import fx
 
 from fxprune.parametrisation import fold_parametrisations
 from fxprune.program import Program
+from fxprune.surgery import insert_call, replace_node
+from fxprune.writes import aliases, read_after, write_through
 
 aten = torch.ops.aten
 
@@ -24,6 +25,7 @@ def canonicalise(program: Program) -> None:
     """
     _drop_checks(program.graph)
     _make_functional(program.graph)
+    _spell_plainly(program)
     fold_parametrisations(program)
     program.refresh()
     _spell_splits_by_sizes(program.graph)
@@ -64,57 +66,41 @@ def _make_functional(graph: fx.Graph) -> None:
         if target is None or not isinstance(node.args[0], fx.Node):
             continue
         operand = node.args[0]
-        if operand.op == "get_attr" or _aliased_later(operand, order[node], order):
+        others = aliases(operand) - {operand}
+        if operand.op == "get_attr":
+            continue
+        if read_after(others, order[node], order):
+            write_through(node, target, order)
             continue
         node.target = target
-        for user in [user for user in operand.users if order[user] > order[node]]:
+        for user in [user for user in operand.users if order.get(user, -1) > order[node]]:
             user.replace_input_with(operand, node)
 
 
-VIEWS = frozenset(
-    {
-        aten.view.default,
-        aten.permute.default,
-        aten.unsqueeze.default,
-        aten.expand.default,
-        aten.expand_as.default,
-        aten.view_as.default,
-        aten.detach.default,
-        aten.alias.default,
-        aten.t.default,
-        aten.transpose.int,
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.reshape.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.squeeze.default,
-        aten.chunk.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.unbind.int,
-        aten.narrow.default,
-        operator.getitem,
-    }
-)
+def _spell_plainly(program: Program) -> None:
+    """Constants are read as they are, and a channel shuffle is the views that it is made of."""
+    for node in list(program.graph.nodes):
+        source = node.args[0] if node.args else None
+        if node.target in COPIES and isinstance(source, fx.Node) and source.op == "get_attr":
+            node.replace_all_uses_with(source)
+            program.graph.erase_node(node)
+        if node.target is aten.channel_shuffle.default:
+            _spell_shuffle(program, node)
 
 
-def _aliased_later(node: fx.Node, at: int, order: dict[fx.Node, int]) -> bool:
-    """Whether another name for the operand's memory is read after position ``at``."""
-    seen, queue = {node}, [node]
-    while queue:
-        current = queue.pop()
-        if current is not node and any(order[user] > at for user in current.users):
-            return True
-        neighbours = [user for user in current.users if user.target in VIEWS]
-        if current.target in VIEWS and isinstance(current.args[0], fx.Node):
-            neighbours.append(current.args[0])
-        fresh = [other for other in neighbours if other not in seen]
-        seen.update(fresh)
-        queue.extend(fresh)
-    return False
+def _spell_shuffle(program: Program, node: fx.Node) -> None:
+    operand, groups = node.args
+    assert isinstance(operand, fx.Node)
+    assert isinstance(groups, int)
+    channels = operand.meta["val"].shape[1]
+    split = insert_call(
+        program, node, aten.unflatten.int, (operand, 1, [groups, channels // groups])
+    )
+    turned = insert_call(program, node, aten.transpose.int, (split, 1, 2))
+    replace_node(program, node, insert_call(program, node, aten.flatten.using_ints, (turned, 1, 2)))
+
+
+COPIES = (aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default)
 
 
 def _spell_splits_by_sizes(graph: fx.Graph) -> None:

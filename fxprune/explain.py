@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import fx
+
+from fxprune.labels import Labels
 
 
 def describe(node: fx.Node) -> str:
@@ -23,14 +26,25 @@ def describe(node: fx.Node) -> str:
     return ", ".join(parts)
 
 
-def fixed_by(node: fx.Node, labelled: Callable[[fx.Node], bool]) -> str:
-    """Say why a value's dimension cannot shrink: follow it to where nothing removable enters.
+def fixed_size(node: fx.Node, operand: Labels, dim: int, values: Mapping[fx.Node, Any]) -> str:
+    """Say which operand's dimension a node meets that cannot shrink, and why it cannot.
 
     Args:
-        node: the value.
-        labelled: whether something may be removed from a value along some dimension.
+        node: where dimensions meet.
+        operand: the labels of the operand.
+        dim: the dimension along which it has none.
+        values: the labels of every value so far.
 
     """
+    source = next((item for item in node.all_input_nodes if values.get(item) is operand), None)
+    if source is None:
+        return "it meets a dimension whose size is fixed"
+    why = _fixed_by(source, lambda value: bool(getattr(values.get(value), "layers", ())))
+    return f"it meets dimension {dim} of {source.name}, {why}"
+
+
+def _fixed_by(node: fx.Node, labelled: Callable[[fx.Node], bool]) -> str:
+    """Follow a value to where nothing removable enters."""
     current = node
     while current.op not in ("placeholder", "get_attr"):
         sources = current.all_input_nodes

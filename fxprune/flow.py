@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.choices import Choices, Survey
-from fxprune.explain import describe, fixed_by
+from fxprune.explain import describe, fixed_size
 from fxprune.facts import Slot
 from fxprune.labels import Labels, Layer, Split, gather, rows, unlabelled
 from fxprune.merging import Merges, Reason
@@ -90,7 +90,13 @@ class Flow:
             rule = self.rules["pointwise"]
         if rule is None:
             return self._unknown(node)
-        return rule(self, node)
+        try:
+            return rule(self, node)
+        except (RuntimeError, TypeError, ValueError, LookupError, StopIteration) as error:
+            # A call that the rule does not foresee costs removable units only.
+            return self._unknown(
+                node, f"the rule of {node.target} does not cover this call: {error}"
+            )
 
     def _parameter(self, node: fx.Node) -> Any:
         tensor = self.program.tensor(str(node.target))
@@ -114,15 +120,12 @@ class Flow:
         """Hand out identities for positions that a node makes from a literal size."""
         return self.slot(Slot(f"node:{node.name}", number), size)
 
-    def _unknown(self, node: fx.Node) -> Any:
+    def _unknown(self, node: fx.Node, why: str = "") -> Any:
         if (outputs := unlabelled(node.meta.get("val"))) is None:
             return None  # a size, not a tensor
-        self.freeze_all(
-            node,
-            node.all_input_nodes,
-            f"no rule is known for operator {node.target}; register one with "
-            "fxprune.operator_rule if its dimensions may shrink",
-        )
+        why = why or f"no rule is known for operator {node.target}"
+        advice = "; register one with fxprune.operator_rule if its dimensions may shrink"
+        self.freeze_all(node, node.all_input_nodes, why + advice)
         return outputs
 
     # What rules call.
@@ -181,6 +184,10 @@ class Flow:
                 if isinstance(labels, Labels):
                     self.freeze(node, labels.layers, why)
 
+    def is_factor(self, layer: Layer) -> bool:
+        """Whether a layer stands for one of several ways to see a split dimension."""
+        return self.survey is not None and bool((layer.ids >= self.survey.virtual_from).any())
+
     def mix(self, node: fx.Node, layers: Iterable[Layer]) -> None:
         """Record that a node's statistics mix these identities."""
         self.mixes.extend((node.name, layer.ids) for layer in layers)
@@ -209,7 +216,7 @@ class Flow:
             return ()
         if len(labelled) < len(met):
             labels, dim = next((labels, dim) for labels, dim, layers in met if not layers)
-            why = self._fixed(node, labels, dim)
+            why = fixed_size(node, labels, dim, self.values)
             for layers in labelled:
                 self.freeze(node, layers, why)
             return ()
@@ -219,22 +226,14 @@ class Flow:
                 self.merge(node, left.ids, right.ids)
         return tuple(Layer(out_dim, layer.ids) for layer in first)
 
-    def _fixed(self, node: fx.Node, labels: Labels, dim: int) -> str:
-        """Say which dimension nothing can shrink, and why."""
-        source = next((n for n in node.all_input_nodes if self.values.get(n) is labels), None)
-        if source is None:
-            return "it meets a dimension whose size is fixed"
-        why = fixed_by(source, lambda value: bool(self.labels(value).layers))
-        return f"it meets dimension {dim} of {source.name}, {why}"
-
-    def settle(self, node: fx.Node, key: int, source: Layer, ids: Tensor) -> tuple[Layer, ...]:
+    def settle(self, node: fx.Node, key: int, ids: Tensor) -> tuple[Layer, ...]:
         """Turn moved identities into layers, choosing one factor where a dimension was split."""
         found = gather(ids)
         if isinstance(found, Layer):
             return (found,)
         if isinstance(found, Tensor):
-            why = "one index of it is picked out by its number"
-            self.freeze(node, [Layer(0, source.ids)], why)
+            why = "this index is picked out by its number"
+            self.freeze(node, [Layer(0, found.view(1))], why)
             return ()
         if self.survey is not None:
             return self.survey.split(node, key, found)

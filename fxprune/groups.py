@@ -138,7 +138,7 @@ def _collect(flow: Flow, component: Ints, reasons: Ints, prefer: Preference) -> 
     by_component = place_component[order]
     first = np.unique(by_component, return_index=True)
     present = first[0]
-    group_key = np.stack([signature[present], reasons[present].astype(np.uint64)], 1)
+    group_key = np.stack([signature[present], (reasons[present] >= 0).astype(np.uint64)], 1)
     _, member = np.unique(group_key, axis=0, return_inverse=True)
 
     is_literal = np.array([slot.tensor.startswith("node:") for slot in slots], dtype=bool)
@@ -149,7 +149,7 @@ def _collect(flow: Flow, component: Ints, reasons: Ints, prefer: Preference) -> 
         places = order[mine]
         if is_literal[place_slot[places]].all():
             continue
-        reason = reasons[components[0]]
+        reason = reasons[components].min()  # of several, the first in graph order
         why = flow.merges.reasons[reason] if reason >= 0 else None
         if why is not None and why.silent:
             continue

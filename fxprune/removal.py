@@ -131,7 +131,7 @@ def cut(program: Program, kept: Mapping[fx.Node, list[Kept]]) -> None:
             continue
         repair = repairs.get(getattr(node.target, "overloadpacket", None))
         if repair is not None:
-            repair(node, Remains(shapes[node], kept[node], lambda arg: _masks(kept, arg)))
+            repair(node, Remains(shapes[node], kept[node], lambda arg: _masks(kept, arg), program))
     program.refresh()
     for node, shape in expected.items():
         if _shapes(node) != shape:

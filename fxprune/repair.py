@@ -7,39 +7,16 @@ arguments in place. Operators without a repair have no such literal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxprune.repair_positions import POSITIONS, Remains, Repair
+
+__all__ = ["REPAIRS", "Remains", "Repair"]
+
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Remains:
-    """What removal leaves of a node's values.
-
-    Attributes:
-        before: for each output of the node, its shape in the dense program.
-        kept: for each output, by dimension, a bool mask over indices; absent where all stay.
-        operand: the same mapping for a given argument node.
-
-    """
-
-    before: Sequence[tuple[int, ...]]
-    kept: Sequence[dict[int, Tensor]]
-    operand: Callable[[Any], dict[int, Tensor]]
-
-    def size(self, dim: int, output: int = 0) -> int:
-        """The new size of an output's dimension."""
-        if dim in self.kept[output]:
-            return int(self.kept[output][dim].sum())
-        return self.before[output][dim]
-
-
-Repair = Callable[[fx.Node, Remains], None]
 
 
 def _sizes(position: int, *, inferred: bool = True) -> Repair:
@@ -55,6 +32,9 @@ def _sizes(position: int, *, inferred: bool = True) -> Repair:
             if isinstance(size, int) and size != -1:
                 sizes[number] = remains.size(dim)
             elif isinstance(size, fx.Node) and inferred:  # a symbolic product, such as batch*heads
+                if -1 in sizes:  # only one size can be inferred, and the batch is in this one
+                    other = sizes.index(-1)
+                    sizes[other] = remains.size(other + offset)
                 sizes[number] = -1
         node.update_arg(position, sizes)
 
@@ -76,28 +56,6 @@ def _split(node: fx.Node, remains: Remains) -> None:
     sizes = [remains.size(int(dim) % rank, piece) for piece in range(len(remains.before))]  # type: ignore[arg-type]
     if any(int(dim) % rank in kept for kept in remains.kept):  # type: ignore[arg-type]
         node.update_arg(1, sizes)
-
-
-def _slice(node: fx.Node, remains: Remains) -> None:
-    rank = len(remains.before[0])
-    dim = int(node.args[1] if len(node.args) > 1 else 0) % rank  # type: ignore[arg-type]
-    mask = remains.operand(node.args[0]).get(dim)
-    if mask is None:
-        return
-    length = mask.numel()
-    for position in (2, 3):
-        bound = node.args[position] if len(node.args) > position else None
-        if isinstance(bound, int) and -length <= bound < length:
-            node.update_arg(position, int(mask[: bound % length].sum()))
-
-
-def _narrow(node: fx.Node, remains: Remains) -> None:
-    rank = len(remains.before[0])
-    dim = int(node.args[1]) % rank  # type: ignore[arg-type]
-    mask = remains.operand(node.args[0]).get(dim)
-    if mask is not None:
-        node.update_arg(2, int(mask[: int(node.args[2])].sum()))  # type: ignore[arg-type]
-        node.update_arg(3, remains.size(dim))
 
 
 def _pad(node: fx.Node, remains: Remains) -> None:
@@ -177,6 +135,7 @@ def _repeat(node: fx.Node, remains: Remains) -> None:
 
 
 REPAIRS: dict[Any, Repair] = {
+    **POSITIONS,
     aten.view: _sizes(1),
     aten.reshape: _sizes(1),
     aten._unsafe_view: _sizes(1),
@@ -185,8 +144,6 @@ REPAIRS: dict[Any, Repair] = {
     aten.repeat: _repeat,
     aten.unflatten: _unflatten,
     aten.split_with_sizes: _split,
-    aten.slice: _slice,
-    aten.narrow: _narrow,
     aten.pad: _pad,
     aten.constant_pad_nd: _pad,
     aten.layer_norm: _normalized_shape,

@@ -15,6 +15,7 @@ from fxprune.rules import (
     indexing,
     movement,
     normalisation,
+    parts,
     pointwise,
     spatial,
 )
@@ -64,6 +65,7 @@ def known_rules() -> dict[Any, Rule]:
     """Return the rule of every known operator; registered ones take precedence."""
     return {
         **movement.RULES,
+        **parts.RULES,
         **indexing.RULES,
         **pointwise.RULES,
         **contraction.RULES,

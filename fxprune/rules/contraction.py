@@ -178,6 +178,17 @@ def _repeat_heads(labels: Labels, heads: int) -> Labels:
     return Labels((*labels.shape[:dim], heads, *labels.shape[dim + 1 :]), layers)
 
 
+def distances(flow: Flow, node: fx.Node) -> Any:
+    """Distances between all pairs of rows: a sum over the last dimension."""
+    left, right = flow.labels(node.args[0]), flow.labels(node.args[1])
+    batch = _letters(len(node.meta["val"].shape) - 2)
+    places: list[tuple[Path, Labels, str]] = [
+        ((number,), labels, batch[len(batch) + 2 - len(labels.shape) :] + row + "z")
+        for number, labels, row in ((0, left, "x"), (1, right, "y"))
+    ]
+    return contract(flow, node, places, batch + "xy")
+
+
 RULES: dict[Any, Rule] = {
     aten.linear: linear,
     aten.matmul: matmul,
@@ -188,6 +199,7 @@ RULES: dict[Any, Rule] = {
     aten.addmm: addmm,
     aten.baddbmm: addmm,
     aten.bilinear: bilinear,
+    aten.cdist: distances,
     aten.einsum: einsum,
     aten.scaled_dot_product_attention: attention,
 }

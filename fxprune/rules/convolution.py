@@ -22,11 +22,13 @@ def convolution(flow: Flow, node: fx.Node) -> Any:
     given = flow.arguments(node)
     operand, weight = flow.labels(given["input"]), flow.labels(given["weight"])
     transposed = "output_padding" in given
-    _freeze_space(flow, node, operand, weight)
+    slid = _freeze_space(flow, node, operand, weight)
     flow.reads[node] = (Read((0,), len(operand.shape) - len(weight.shape) + 1),)
     channel = len(operand.shape) - len(weight.shape) + 1  # an unbatched operand has no batch
     bias = flow.labels(given["bias"]) if isinstance(given["bias"], fx.Node) else None
     groups, wide = given["groups"], 1 if transposed else 0
+    if isinstance(groups, fx.Node):
+        raise ValueError("its number of groups depends on the batch")
     if groups == 1:
         flow.align(node, [(operand, channel), (weight, 1 - wide)], channel)
         made = [(weight, wide)]
@@ -36,15 +38,26 @@ def convolution(flow: Flow, node: fx.Node) -> Any:
         made.append((bias, 0))
     layers = flow.align(node, made, channel)
     kept = tuple(layer for layer in operand.layers if layer.dim < channel)
-    return Labels(tuple(node.meta["val"].shape), kept + layers)
+    return Labels(tuple(node.meta["val"].shape), kept + layers + slid)
 
 
-def _freeze_space(flow: Flow, node: fx.Node, operand: Labels, weight: Labels) -> None:
+def _freeze_space(flow: Flow, node: fx.Node, operand: Labels, weight: Labels) -> tuple[Layer, ...]:
+    """Fix what the kernel slides along, unless it is channels, as in efficient channel attention.
+
+    There a kernel with padding runs along the channels of a pooled image: it mixes neighbours.
+    """
     kernel = [layer for layer in weight.layers if layer.dim > 1]
     flow.freeze(node, kernel, "it is a convolution kernel's extent", silent=True)
     first = len(operand.shape) - len(weight.shape) + 2
     space = [layer for layer in operand.layers if layer.dim >= first]
-    flow.freeze(node, space, "a convolution slides along it")
+    given = flow.arguments(node)
+    is_same = node.meta["val"].shape[first:] == operand.shape[first:]
+    is_line = len(weight.shape) == 3 and is_same and given["stride"] in (1, [1])
+    mixed = tuple(layer for layer in space if is_line and not flow.is_factor(layer))
+    flow.mix(node, mixed)
+    fixed = [layer for layer in space if layer not in mixed]
+    flow.freeze(node, fixed, "a convolution slides along it")
+    return mixed
 
 
 def _grouped(

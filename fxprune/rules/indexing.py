@@ -1,21 +1,21 @@
-"""Indexing: what is picked out by number stays, everything else moves."""
+"""Indexing: what is picked out by a computed number stays, everything else moves."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxprune.flow import Flow, Rule
-from fxprune.labels import Labels
+from fxprune.labels import Labels, Layer
 from fxprune.rules.movement import replay
 
 aten = torch.ops.aten
 
 
 def index(flow: Flow, node: fx.Node) -> Any:
-    """Indexing by numbers fixes the indexed dimensions; the others move."""
+    """``x[:, index]``, any number of indices, broadcast with each other."""
     source, indices = flow.labels(node.args[0]), node.args[1]
     return _take(flow, node, source, list(indices))  # type: ignore[arg-type]
 
@@ -28,17 +28,39 @@ def index_select(flow: Flow, node: fx.Node) -> Any:
 
 
 def _take(flow: Flow, node: fx.Node, source: Labels, indices: list[Any]) -> Any:
-    """What indexes and what is indexed stay; where the indices point does not matter then."""
+    """A constant list of indices moves what it indexes; otherwise that stays."""
     used = [dim for dim, item in enumerate(indices) if item is not None]
+    picked: tuple[Layer, ...] = ()
+    numbers = _constant(flow, indices[used[0]]) if len(used) == 1 else None
     for dim in used:
-        flow.freeze(node, source.at(dim), "it is indexed by numbers", silent=True)
-        flow.freeze(node, flow.labels(indices[dim]).layers, "it holds indices", silent=True)
+        own = flow.labels(indices[dim]).layers
+        found = list(source.at(dim))
+        if numbers is not None and found and own:
+            picked = tuple(Layer(dim, layer.ids[numbers]) for layer in found)
+            for layer in picked:
+                flow.merge(node, layer.ids, own[0].ids)
+            continue
+        is_table = isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
+        flow.freeze(node, found, "it is indexed by numbers", silent=is_table)
+        flow.freeze(node, own, "it holds indices", silent=True)
     zeros = [
         None if item is None else torch.zeros(_index_shape(item), dtype=torch.long)
         for item in indices
     ]
     rest = Labels(source.shape, source.without(*used))
-    return replay(flow, node, rest, lambda ids: aten.index(ids, zeros))
+    moved = replay(flow, node, rest, lambda ids: aten.index(ids, zeros))
+    return Labels(moved.shape, moved.layers + picked)
+
+
+def _constant(flow: Flow, item: fx.Node) -> Tensor | None:
+    """Return a list of indices that belongs to this call alone, so that it can be renumbered."""
+    if item.op != "get_attr" or len(item.users) != 1:
+        return None
+    tensor = flow.program.tensor(str(item.target))
+    shared = sum(other.target == item.target for other in flow.program.tensor_nodes()) > 1
+    if shared or tensor.dim() != 1 or tensor.dtype not in (torch.int64, torch.int32):
+        return None
+    return tensor.detach().cpu().long()
 
 
 def _index_shape(item: fx.Node) -> tuple[int, ...]:
@@ -46,12 +68,30 @@ def _index_shape(item: fx.Node) -> tuple[int, ...]:
 
 
 def select(flow: Flow, node: fx.Node) -> Any:
-    """Picking one index fixes the dimension it is picked from."""
+    """The index that is picked stays; its number is a literal."""
     source, given = flow.labels(node.args[0]), flow.arguments(node)
     dim = given["dim"] % len(source.shape)
-    flow.freeze(node, source.at(dim), "one index of it is picked out by its number")
+    number = flow.concrete(given["index"])
+    chosen = [Layer(0, layer.ids[number].view(1)) for layer in source.at(dim)]
+    flow.freeze(node, chosen, "this index is picked out by its number")
     rest = Labels(source.shape, source.without(dim))
     return replay(flow, node, rest, lambda ids: ids.select(dim, 0))
+
+
+def gather(flow: Flow, node: fx.Node) -> Any:
+    """The gathered dimension stays; along the others the result has the indices' shape."""
+    given = flow.arguments(node)
+    source, index = flow.labels(given["self"]), flow.labels(given["index"])
+    dim = given["dim"] % max(len(source.shape), 1)
+    flow.freeze(node, [*source.at(dim), *index.at(dim)], "it is gathered by numbers")
+    layers: tuple[Layer, ...] = ()
+    for other in range(len(source.shape)):
+        if other != dim and source.shape[other] == index.shape[other]:
+            layers += flow.align(node, [(source, other), (index, other)], other)
+        elif other != dim:
+            met = [*source.at(other), *index.at(other)]
+            flow.freeze(node, met, "only a part of it is gathered")
+    return Labels(index.shape, layers)
 
 
 def unbind(flow: Flow, node: fx.Node) -> Any:
@@ -67,5 +107,6 @@ RULES: dict[Any, Rule] = {
     aten.index: index,
     aten.index_select: index_select,
     aten.select: select,
+    aten.gather: gather,
     aten.unbind: unbind,
 }

@@ -40,7 +40,7 @@ def replay(flow: Flow, node: fx.Node, source: Labels, movement: Any) -> Any:
         pieces = moved if isinstance(moved, (list, tuple)) else [moved]
         for number, piece in enumerate(pieces):
             key = layer.dim + len(source.shape) * number
-            collected[number].extend(flow.settle(node, key, layer, piece))
+            collected[number].extend(flow.settle(node, key, piece))
     labelled = [
         Labels(shape, tuple(layers)) for shape, layers in zip(shapes, collected, strict=True)
     ]
@@ -51,25 +51,6 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
     if isinstance(value, Tensor):
         return [tuple(value.shape)]
     return [tuple(piece.shape) for piece in value]
-
-
-def slice_(flow: Flow, node: fx.Node) -> Any:
-    """A strided slice keeps or loses whole blocks of its stride; then it is a movement."""
-    given = flow.arguments(node)
-    source, step = flow.labels(node.args[0]), given["step"]
-    dim = given["dim"] % len(source.shape)
-    if step != 1:
-        start = given["start"] or 0
-        for layer in source.at(dim):
-            whole = (layer.ids.numel() - start) // step * step
-            blocks = layer.ids[start : start + whole].view(-1, step)
-            flow.merge(node, blocks[:, :1].expand_as(blocks), blocks)
-            flow.freeze(
-                node,
-                [Layer(0, layer.ids[:start]), Layer(0, layer.ids[start + whole :])],
-                "a strided slice leaves it over",
-            )
-    return move(flow, node)
 
 
 def expand(flow: Flow, node: fx.Node) -> Any:
@@ -170,27 +151,17 @@ def pad_any(flow: Flow, node: fx.Node) -> Any:
     return pad_mirrored(flow, node)
 
 
-def roll(flow: Flow, node: fx.Node) -> Any:
-    """A roll fixes the length of the dimensions that it turns."""
-    source, given = flow.labels(node.args[0]), flow.arguments(node)
-    turned = given["dims"] or range(len(source.shape))
-    for dim in turned:
-        flow.freeze(node, source.at(dim), "a roll fixes its length")
-    return Labels(source.shape, source.without(*turned))
-
-
 MOVEMENTS = (
     "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "permute", "transpose", "t",
     "numpy_T", "mT", "adjoint", "movedim", "moveaxis", "swapaxes", "swapdims", "squeeze",
     "unsqueeze", "flatten", "unflatten", "ravel", "split_with_sizes", "split", "chunk",
     "tensor_split", "narrow", "flip", "repeat_interleave", "tile", "pixel_shuffle",
-    "pixel_unshuffle", "channel_shuffle", "unfold", "im2col", "diagonal", "rot90",
+    "pixel_unshuffle", "diagonal", "rot90",
     "atleast_2d", "atleast_3d",
 )  # fmt: skip
 
 RULES: dict[Any, Rule] = {
     **{getattr(aten, name): move for name in MOVEMENTS if hasattr(aten, name)},
-    aten.slice: slice_,
     aten.expand: expand,
     aten.expand_as: expand,
     aten.broadcast_to: expand,
@@ -206,5 +177,4 @@ RULES: dict[Any, Rule] = {
     aten.replication_pad1d: pad_mirrored,
     aten.replication_pad2d: pad_mirrored,
     aten.replication_pad3d: pad_mirrored,
-    aten.roll: roll,
 }

@@ -124,11 +124,57 @@ def positional(flow: Flow, node: fx.Node) -> Any:
     return _reduced(node, operand, dims)
 
 
+def transform(flow: Flow, node: fx.Node) -> Any:
+    """A Fourier transform mixes what it runs along for good; the other dimensions pass."""
+    operand, given = flow.labels(node.args[0]), flow.arguments(node)
+    rank = len(operand.shape)
+    default = list(range(rank)) if str(node.target).split(".")[1].endswith("n") else [rank - 1]
+    dims = _dims(given, rank) if given.get("dim") is not None else default
+    along = [layer for layer in operand.layers if layer.dim in dims]
+    flow.freeze(node, along, "a Fourier transform runs along it")
+    return Labels(tuple(node.meta["val"].shape), operand.without(*dims))
+
+
+def pairs(flow: Flow, node: fx.Node) -> Any:
+    """Real and imaginary parts are the last dimension of the real tensor."""
+    operand, value = flow.labels(node.args[0]), node.meta["val"]
+    rank = min(len(operand.shape), value.dim())
+    flow.freeze(node, [x for x in operand.layers if x.dim >= rank], "it holds two parts of numbers")
+    return Labels(tuple(value.shape), tuple(x for x in operand.layers if x.dim < rank))
+
+
+def similarity(flow: Flow, node: fx.Node) -> Any:
+    """The cosine of the angle between vectors along a dimension, whose lengths mix them."""
+    given = flow.arguments(node)
+    left, right = flow.labels(given["x1"]), flow.labels(given["x2"])
+    rank = max(len(left.shape), len(right.shape))
+    dim = given["dim"] % rank
+    layers: tuple[Layer, ...] = ()
+    for number in range(rank):
+        met = [
+            (labels, number - rank + len(labels.shape))
+            for labels in (left, right)
+            if number - rank + len(labels.shape) >= 0
+        ]
+        aligned = flow.align(node, met, number - (number > dim))
+        if number == dim:
+            flow.mix(node, aligned)
+        else:
+            layers += aligned
+    return Labels(tuple(node.meta["val"].shape), layers)
+
+
 MIXING = ("mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "norm",
           "linalg_vector_norm", "logsumexp", "prod", "any", "all", "aminmax", "median",
           "sum", "nansum", "count_nonzero")  # fmt: skip
 POSITIONAL = ("argmax", "argmin", "sort", "topk", "cumsum", "cumprod", "argsort", "kthvalue",
               "cummax", "cummin", "logcumsumexp")  # fmt: skip
+TRANSFORMS = [
+    f"{inverse}{kind}fft{extent}"
+    for inverse in ("", "i")
+    for kind in ("", "r", "h")
+    for extent in ("", "2", "n")
+]
 
 RULES: dict[Any, Rule] = {
     aten.batch_norm: per_channel,
@@ -139,6 +185,10 @@ RULES: dict[Any, Rule] = {
     aten.softmax: softmax,
     aten._softmax: softmax,
     aten.log_softmax: softmax,
+    **{getattr(aten, f"fft_{name}"): transform for name in TRANSFORMS},
+    aten.view_as_complex: pairs,
+    aten.view_as_real: pairs,
+    aten.cosine_similarity: similarity,
     **{getattr(aten, name): reduction for name in MIXING if hasattr(aten, name)},
     **{getattr(aten, name): positional for name in POSITIONAL if hasattr(aten, name)},
 }

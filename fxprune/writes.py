@@ -1,0 +1,131 @@
+"""In-place writes into a part of a tensor become functions of the whole tensor.
+
+    part = slice(x, 1, 0, 8); copy_(part, y)      ->      x_1 = slice_scatter(x, y, 1, 0, 8)
+
+and whatever reads ``x`` afterwards reads ``x_1``.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.permute.default,
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.expand_as.default,
+        aten.view_as.default,
+        aten.detach.default,
+        aten.alias.default,
+        aten.t.default,
+        aten.transpose.int,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.reshape.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.chunk.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.unbind.int,
+        aten.narrow.default,
+        operator.getitem,
+    }
+)
+PARTS = frozenset({aten.slice.Tensor, aten.select.int})
+Order = dict[fx.Node, int]
+
+
+def aliases(node: fx.Node) -> set[fx.Node]:
+    """Return the nodes that may share memory with a node, itself included."""
+    seen, queue = {node}, [node]
+    while queue:
+        current = queue.pop()
+        neighbours = [user for user in current.users if user.target in VIEWS]
+        if current.target in VIEWS and isinstance(current.args[0], fx.Node):
+            neighbours.append(current.args[0])
+        fresh = [other for other in neighbours if other not in seen]
+        seen.update(fresh)
+        queue.extend(fresh)
+    return seen
+
+
+def read_after(nodes: set[fx.Node], at: int, order: Order) -> bool:
+    """Whether anything after position ``at`` reads one of the nodes that came before."""
+    before = [node for node in nodes if order.get(node, -1) <= at]
+    return any(order.get(user, -1) > at for node in before for user in node.users)
+
+
+def write_through(node: fx.Node, target: Any, order: Order) -> bool:
+    """Replace an in-place call on a part of a tensor by a function of the whole.
+
+    Args:
+        node: the in-place call; its first argument is sliced or selected from the whole.
+        target: what computes the part's new value.
+        order: positions of the nodes in the graph.
+
+    Returns:
+        Whether that was possible: no other name of the memory is read afterwards.
+
+    """
+    chain = _chain(node.args[0])
+    if chain is None:
+        return False
+    whole, *parts = chain
+    part = chain[-1]
+    others = aliases(whole) - set(chain)
+    if whole.op in ("placeholder", "get_attr") or read_after(
+        (others | set(parts)) - {part}, order[node], order
+    ):
+        return False
+    graph, at = node.graph, order[node]
+    with graph.inserting_before(node):
+        value = _call(graph, node, target, node.args, node.kwargs)
+        first = value
+        for part in reversed(parts):
+            value = _scattered(graph, part, value)
+    for old, new in ((part, first), (whole, value)):
+        for user in [user for user in old.users if order.get(user, -1) > at]:
+            user.replace_input_with(old, new)
+    node.replace_all_uses_with(first)
+    graph.erase_node(node)
+    order[first] = order[value] = at
+    return True
+
+
+def _chain(part: Any) -> list[fx.Node] | None:
+    """Return the whole, then the parts of parts that lead to ``part``."""
+    chain = [part]
+    while chain[0].target in PARTS:
+        chain.insert(0, chain[0].args[0])
+    return chain if len(chain) > 1 else None
+
+
+def _scattered(graph: fx.Graph, part: fx.Node, value: fx.Node) -> fx.Node:
+    """Write a part's value into what it was taken from."""
+    args: Any = part.args
+    source, dim, *bounds = args
+    if part.target is aten.select.int:
+        dim %= source.meta["val"].dim()
+        index = bounds[0] if bounds[0] >= 0 else bounds[0] + source.meta["val"].shape[dim]
+        value = _call(graph, part, aten.unsqueeze.default, (value, dim), {})
+        bounds = [index, index + 1]
+    return _call(graph, part, aten.slice_scatter.default, (source, value, dim, *bounds), {})
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
+    node = graph.call_function(target, tuple(args), dict(kwargs))
+    node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace")
+                 if key in like.meta}  # fmt: skip
+    return node
