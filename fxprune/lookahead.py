@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxprune.activations import Values
 from fxprune.layers import argument, packet
 from fxprune.newton import Product, Vector, total
 from fxprune.program import Program
-from fxprune.quiet import quiet
 from fxprune.region import Region, affine_tail
 
 aten = torch.ops.aten
@@ -108,22 +108,37 @@ class Lookahead:
 
     def product(self, number: int, point: Vector, curvature: Curvature) -> Product:
         """Return the multiplication by the curvature on one batch, linearised at a point."""
-        residuals = self.residuals(self.batch(number))
-        if curvature == "newton":
-            slope = torch.func.grad(lambda *p: _square(residuals(*p)), tuple(range(len(point))))
-            with quiet():
-                _, multiply = torch.func.linearize(slope, *point)
-            return lambda vector: self.restrict(multiply(*vector))
-        with quiet():
-            _, forward = torch.func.linearize(residuals, *point)
-        backward: Any = torch.func.vjp(residuals, *point)[1]
+        leaves = tuple(part.detach().requires_grad_() for part in point)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
+            differences = self.residuals(self.batch(number))(*leaves)
+            multiply = _of_loss if curvature == "newton" else _of_residuals
+            found = multiply(differences, leaves)
+        return lambda vector: self.restrict(found(vector))
 
-        def square(vector: Vector) -> Vector:
-            image = forward(*vector)
-            found: Vector = backward(tuple(2 * part for part in image))
-            return self.restrict(found)
 
-        return square
+def _of_loss(differences: Vector, leaves: Vector) -> Product:
+    """What multiplies by the second derivative of the loss."""
+    slopes = torch.autograd.grad(_square(differences), leaves, create_graph=True)
+    return functools.partial(_pull, slopes, leaves)
+
+
+def _of_residuals(differences: Vector, leaves: Vector) -> Product:
+    """What multiplies by ``2 J' J``; ``J v`` is the derivative by ``u`` of ``u' J v``."""
+    probes = tuple(torch.zeros_like(part, requires_grad=True) for part in differences)
+    pulled = torch.autograd.grad(differences, leaves, probes, create_graph=True)
+
+    def multiply(vector: Vector) -> Vector:
+        image = _pull(pulled, probes, vector)
+        return _pull(differences, leaves, tuple(2 * part for part in image))
+
+    return multiply
+
+
+def _pull(values: Vector, inputs: Vector, vector: Vector) -> Vector:
+    """Multiply by the transposed derivative of values by inputs; their graph stays."""
+    return torch.autograd.grad(
+        values, inputs, vector, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
 
 
 def _square(differences: Vector) -> Tensor:
