@@ -95,11 +95,11 @@ class Task:
     settings: Settings
     context: Context
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield the calibration batches, the same ones every time."""
+    def batches(self, at_most: int | None = None) -> Iterator[Batch]:
+        """Yield the calibration batches, of ``at_most`` so many samples, the same every time."""
         fixed = not self.program.dynamic
         room = self.settings.memory_gib * 2**30 / activation_bytes(self.program)
-        size = min(self.settings.batch_size, max(1, int(room)))
+        size = min(self.settings.batch_size, max(1, int(room)), at_most or self.settings.batch_size)
         if fixed:
             leaf = pytree.tree_leaves(self.program.example_inputs)[0]
             size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else 1

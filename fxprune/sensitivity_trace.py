@@ -17,6 +17,8 @@ from fxprune.sensitivity_tally import Tally
 from fxprune.sensitivity_task import Details, Measured, Task
 
 FEW = 128  # outputs per sample up to which differentiating each is cheaper than probing
+TOGETHER = 16  # samples that share a probe of the outputs on a CPU: more do not run much faster
+# there, but each pair of samples that share a probe adds to its variance
 
 
 def trace_scores(task: Task) -> Measured:
@@ -124,7 +126,9 @@ def _round(task: Task, probes: TraceProbes, size: int, number: int) -> tuple[Ten
     """Make ``size`` probes on every batch; the loss scale halves where one was not finite."""
     total = torch.zeros(size, len(task.layout), dtype=torch.float64)
     seen = 0
-    stream = task.context.progress.track(task.batches(), f"probing, round {number + 1}")
+    free = task.settings.estimator == "auto" and probes.outputs and task.context.device == "cpu"
+    batches = task.batches(TOGETHER if free else None)
+    stream = task.context.progress.track(batches, f"probing, round {number + 1}")
     for position, batch in enumerate(stream):
         generator = torch.Generator().manual_seed(
             task.context.seed * 1_000_003 + number * 10_007 + position

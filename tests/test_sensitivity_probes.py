@@ -20,6 +20,7 @@ from fxprune.sensitivity import Settings, measure
 from fxprune.sensitivity_model import Objective, Weights
 from fxprune.sensitivity_probes import Matrix, TraceProbes, piecewise_linear
 from fxprune.sensitivity_tally import StoppingRule
+from fxprune.sensitivity_task import Task
 from fxprune.sensitivity_units import UnitLayout
 
 
@@ -216,3 +217,16 @@ def test_only_networks_without_smooth_operators_are_piecewise_linear() -> None:
     shared = nn.Linear(4, 4)
     twice = nn.Sequential(shared, nn.ReLU(), shared)
     assert not piecewise_linear(trace(twice, (torch.randn(2, 4),)))
+
+
+def test_few_samples_share_a_probe_where_that_is_free() -> None:
+    """Every sample is seen once, however the batches are cut."""
+    program = build(nn.ReLU)
+    x, y = samples()
+    layout = UnitLayout.of(program, find_groups(program))
+    task = Task(program, layout, Settings(batch_size=4), context(x, y))
+    whole, parts = list(task.batches()), list(task.batches(2))
+    assert [len(batch) for batch in whole] == [4, 1]
+    assert [len(batch) for batch in parts] == [2, 2, 1]
+    seen = torch.cat([batch.inputs[0] for batch in parts])
+    assert torch.equal(seen, torch.cat([batch.inputs[0] for batch in whole]))
