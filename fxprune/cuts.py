@@ -58,6 +58,8 @@ class Problem:
             numbers of units that it may lose, ascending.
         labels: what each rounding is called in notes.
         tolerance: how far below its limit the binding quantity may end, as a fraction.
+        units: for each group, how many units go by count, and how many there are, where counts
+            number choices instead of units; None where they are units.
 
     """
 
@@ -68,6 +70,7 @@ class Problem:
     levels: tuple[tuple[Ints, ...], ...]
     labels: tuple[str, ...]
     tolerance: float = 0.01
+    units: tuple[tuple[Ints, int], ...] | None = None
 
     @functools.cached_property
     def sizes(self) -> Ints:
@@ -94,6 +97,13 @@ class Problem:
                 higher.append(np.append(level, -1)[np.searchsorted(level, counts, side="right")])
             tables.append((np.concatenate(lower), np.concatenate(higher)))
         return tables
+
+    def left(self, group: int, count: int) -> tuple[int, int]:
+        """Return how many units a group keeps at a count, and how many it has."""
+        if self.units is None:
+            return int(self.sizes[group]) - count, int(self.sizes[group])
+        removed, total = self.units[group]
+        return total - int(removed[count]), total
 
     def least(self) -> Ints:
         """Return the cut that removes as little as is allowed."""

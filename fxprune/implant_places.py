@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,12 +27,17 @@ Chosen = Mapping[Group, Sequence[int]]  # by group, the numbers of units
 def sites_of(program: Program, groups: Chosen) -> tuple[list[Site], list[Skip]]:
     """Return the layers that compute units of groups, and those that cannot have an implant."""
     made = {slot.tensor for group in groups for slot in group.slots if slot.dim == 0}
+    return named_sites(program, made)
+
+
+def named_sites(program: Program, weights: Collection[str]) -> tuple[list[Site], list[Skip]]:
+    """Return the layers with weights of these names, and those that cannot have an implant."""
     sites, skips = [], []
     for node in program.graph.nodes:
         if not str(getattr(node.target, "name", str)()).startswith(LAYERS):
             continue
         weight = arguments(node)["weight"]
-        if not isinstance(weight, fx.Node) or str(weight.target) not in made:
+        if not isinstance(weight, fx.Node) or str(weight.target) not in weights:
             continue
         site = site_of(program, node)
         if isinstance(site, str):

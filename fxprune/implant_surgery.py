@@ -24,7 +24,7 @@ CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default}
 
 
 def put_implant(program: Program, site: Site, rows: list[int], implant: Implant) -> None:
-    """Let an implant compute some outputs of a layer, in place.
+    """Let an implant compute some outputs of a layer, in place; call ``finish`` after the last.
 
     The call becomes the concat and keeps its name. Where the outputs lie in two runs, the one kept
     and the other implanted, nothing else is needed; more runs are slices of the two.
@@ -49,6 +49,10 @@ def put_implant(program: Program, site: Site, rows: list[int], implant: Implant)
                 False: _kept(program, site, ~implanted)}  # fmt: skip
         pieces = _pieces(program, site.node, made, implanted.tolist(), dim)
         rewrite_call(program, site.node, aten.cat.default, (pieces, dim))
+
+
+def finish(program: Program) -> None:
+    """Drop the weights that implants replaced, and compute shapes anew."""
     drop_unused(program)
     program.refresh()
 

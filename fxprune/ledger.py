@@ -79,7 +79,7 @@ class Ledger:
             np.concatenate(factors), np.concatenate(rows), weights,
         )  # fmt: skip
 
-    def values(self, removed: Ints) -> Floats:
+    def values(self, removed: Ints | Floats) -> Floats:
         """Return the costs of several cuts: (cuts, groups) -> (cuts, quantities)."""
         left = self.sizes - removed @ self.shrink.T
         products: Floats = self.factors * left[:, self.members].prod(axis=2)

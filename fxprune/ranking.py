@@ -22,13 +22,19 @@ def cheapest_first(sensitivity: Sensitivity, group: Group) -> Ints:
 
 def losses(sensitivity: Sensitivity, group: Group, normalize: Normalize) -> Floats:
     """Return the sensitivity spent by number of units lost, from none to all but one."""
+    scores = scores_in_order(sensitivity, group, normalize)
+    return np.concatenate([[0.0], np.cumsum(scores)[:-1]])
+
+
+def scores_in_order(sensitivity: Sensitivity, group: Group, normalize: Normalize) -> Floats:
+    """Return the scores of a group's units, the least sensitive first."""
     scores = np.sort(_scores(sensitivity, group))
     match normalize:
         case "group-mean":
             scores = scores / max(float(np.abs(scores).mean()), 1e-300)
         case "group-max":
             scores = scores / max(float(np.abs(scores).max()), 1e-300)
-    return np.concatenate([[0.0], np.cumsum(scores)[:-1]])
+    return scores
 
 
 def _scores(sensitivity: Sensitivity, group: Group) -> Floats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from fxprune.errors import InputError
@@ -38,6 +38,12 @@ def selected(pattern: str, groups: Sequence[Group]) -> frozenset[str]:
 def selected_by_any(patterns: Iterable[str], groups: Sequence[Group]) -> frozenset[str]:
     """Return the names of the groups that at least one pattern matches."""
     return frozenset[str]().union(*(selected(pattern, groups) for pattern in patterns))
+
+
+def shares(ratios: Mapping[str, float], groups: Sequence[Group]) -> dict[str, float]:
+    """Return the numbers that patterns give to groups, by group name; the first pattern counts."""
+    pairs = [(selected(pattern, groups), ratio) for pattern, ratio in ratios.items()]
+    return {name: ratio for names, ratio in reversed(pairs) for name in names}
 
 
 def _nearest(pattern: str, groups: Sequence[Group]) -> str:

@@ -93,10 +93,10 @@ def _notes(problem: Problem, removed: Ints) -> tuple[str, ...]:
     for number, count in enumerate(removed.tolist()):
         allowed = [count in levels[number] for levels in problem.levels]
         if not allowed[0]:
-            kept = problem.sizes[number] - count
+            kept, total = problem.left(number, count)
             label = problem.labels[allowed.index(True)] if any(allowed) else "the finest"
             notes.append(
-                f"{problem.names[number]} keeps {kept} of {problem.sizes[number]} units, a width "
+                f"{problem.names[number]} keeps {kept} of {total} units, a width "
                 f"rounded to {label} instead of {problem.labels[0]}, to land on the budget"
             )
     return tuple(notes)

@@ -96,6 +96,17 @@ class Widths:
             fits &= width % np.maximum(step // floor * floor, floor) == 0
         return np.concatenate([[0], self.units - kept[fits]]).astype(np.int64)
 
+    def choices(
+        self, rounding: Rounding, min_units: int, max_ratio: float, ratio: float | None
+    ) -> Ints:
+        """Return how many units may go within limits, or the one number nearest to a share."""
+        if ratio is not None:
+            allowed = self.losses(rounding)
+            return allowed[[int(np.abs(allowed - ratio * self.units).argmin())]]
+        return self.losses(
+            rounding, max(min_units, self.units - int(max_ratio * self.units + 1e-9))
+        )
+
 
 def widths(program: Program, groups: Sequence[Group]) -> tuple[Widths, ...]:
     """Find what each group's units mean in channels of convolutions and matrix products."""

@@ -9,14 +9,17 @@ After:
     conv2d: 8x16x32x32 = cat(kept, implant)
 
 The units of the group are reordered so that the implanted ones come last, in every tensor that
-they occupy; that alone changes nothing. The implant is fitted by least squares to what the layer
-computed (after HAP, Yu et al. 2022, where it starts at zero). Declines grouped, transposed and
-three-dimensional convolutions, shared or computed weights, and layers where nothing is saved.
+they occupy; that alone changes nothing. A layer for which the plan names a kind but no units gets
+an implant for all its outputs, and needs no concat. The implant is fitted by least squares to what
+the layer computed (after HAP, Yu et al. 2022, where it starts at zero). Declines grouped,
+transposed and three-dimensional convolutions, shared or computed weights, and layers where nothing
+is saved.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from fxprune.context import Context
@@ -25,11 +28,11 @@ from fxprune.facts import PLAN, REMOVED, Plan
 from fxprune.groups import Group, find_groups
 from fxprune.implant_fits import fit
 from fxprune.implant_moments import Moments, Sampling, measure
-from fxprune.implant_places import output_scale, rows_of, sites_of, units_last
-from fxprune.implant_surgery import put_implant
+from fxprune.implant_places import named_sites, output_scale, rows_of, sites_of, units_last
+from fxprune.implant_surgery import finish, put_implant
 from fxprune.implants import Implant, Kind, Site
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.program import Program
+from fxprune.program import Program, shape_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class ImplantLowRank(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         """Reorder, fit and replace; changes counts layers."""
         plan = program.get(PLAN)
-        if plan.remove and plan.implant:
+        if plan.remove and (plan.implant or plan.kinds):
             raise PreconditionError("the plan still has units to remove; run remove-channels first")
         chosen = _chosen(program, plan)
         sites, skips = sites_of(program, chosen)
@@ -74,9 +77,11 @@ class ImplantLowRank(Pass):
             group: units for group, units in chosen.items() if rows_of(sites, {group: units})
         }
         now, stuck = units_last(program, affected)
-        places, skips = rows_of(sites, now), [*skips, *stuck]
+        places, whole = rows_of(sites, now), _whole_layers(program, plan, chosen)
+        skips += [*stuck, *whole[1]]
+        places |= {site: list(range(_outputs(site))) for site in whole[0]}
         moments = measure(program, list(places), context, self._sampling)
-        changes, told = 0, []
+        changes, told = 0, list[dict[str, Any]]()
         for site, rows in places.items():
             found = self._fitted(program, site, rows, moments[site.node.name], plan)
             if isinstance(found, str):
@@ -85,6 +90,8 @@ class ImplantLowRank(Pass):
             told.append(_told(site, rows, found))
             put_implant(program, site, rows, found)
             changes += 1
+        if changes:
+            finish(program)
         return Outcome(changes, tuple(skips), {"implants": told})
 
     @property
@@ -97,7 +104,8 @@ class ImplantLowRank(Pass):
         """Fit the best of the candidates, or say why there is none."""
         kinds: list[Kind | None] = [*site.kinds(len(rows), self.rank)]
         if site.weight in plan.kinds:
-            kinds = [Kind.parse(plan.kinds[site.weight])]
+            planned = Kind.parse(plan.kinds[site.weight])
+            kinds = [replace(planned, rank=min(planned.rank, len(rows)))]
         elif self.kind != "auto":
             kinds = [site.kind(self.kind, len(rows), self.rank)]
         whole = site.macs(len(rows))
@@ -129,6 +137,18 @@ def _chosen(program: Program, plan: Plan) -> dict[Group, tuple[int, ...]]:
             "plan again after changing the program"
         )
     return {found[name]: units for name, units in plan.implant.items() if units}
+
+
+def _whole_layers(
+    program: Program, plan: Plan, chosen: Mapping[Group, Any]
+) -> tuple[list[Site], list[Skip]]:
+    """The layers whose kind is planned and of whose outputs none are picked: all of them."""
+    picked = {slot.tensor for group in chosen for slot in group.slots if slot.dim == 0}
+    return named_sites(program, set(plan.kinds) - picked)
+
+
+def _outputs(site: Site) -> int:
+    return shape_of(site.node)[site.channel_dim]
 
 
 def _told(site: Site, rows: list[int], implant: Implant) -> dict[str, Any]:

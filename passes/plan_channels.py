@@ -18,7 +18,7 @@ Refuses budgets that cannot be met, saying what stops them, and patterns that ma
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, get_args
 
 import numpy as np
@@ -30,6 +30,7 @@ from fxprune.cuts import Problem
 from fxprune.errors import BudgetError, InputError
 from fxprune.facts import PLAN, SENSITIVITY, Plan, Sensitivity
 from fxprune.groups import Group, find_groups
+from fxprune.implant_planning import implant_share, plan_tiers
 from fxprune.latency_bench import Bench
 from fxprune.latency_plan import bench_for, solve_and_try
 from fxprune.ledger import Costs, Ledger, Ledgers
@@ -38,8 +39,8 @@ from fxprune.pipeline import Facts, Outcome, Pass, Skip
 from fxprune.program import Program
 from fxprune.ranking import Normalize, cheapest_first, losses
 from fxprune.removal import remove_units
-from fxprune.selection import selected, selected_by_any
-from fxprune.widths import DEPTHWISE_FLOOR, Rounding, Widths, widths
+from fxprune.selection import selected_by_any, shares
+from fxprune.widths import DEPTHWISE_FLOOR, Rounding, widths
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class PlanChannels(Pass):
         tolerance: the share of its limit that the binding budget may stay below it.
         corrections: how often a plan whose measured latency misses its budget is made anew; at
             zero plans are not measured.
+        implant_ratio: the share of each group's cut that gets implants instead; ``auto`` mixes
+            removal with layers of low rank as moves the output least on calibration samples.
         path: how far to go from the dense model to the budget, geometrically; below one in the
             early steps of a schedule.
 
@@ -81,6 +84,7 @@ class PlanChannels(Pass):
     normalize: Normalize = "none"
     tolerance: float = 0.01
     corrections: int = 2
+    implant_ratio: float | str = 0.0
     path: float = 1.0
 
     name: ClassVar[str] = "plan-channels"
@@ -90,6 +94,7 @@ class PlanChannels(Pass):
 
     def __post_init__(self) -> None:
         Rounding(self.round_to, self.depthwise_round_to)
+        implant_share(self.implant_ratio)
         _ = self.targets
         shares = {"max-ratio": self.max_ratio, "tolerance": self.tolerance, "path": self.path}
         for name, share in {**self.ratios, **shares}.items():
@@ -122,18 +127,23 @@ class PlanChannels(Pass):
             remove_units(small, doomed(removed))
             return small
 
+        timed = None
         with bench_for(self.targets, program, context) as bench:
             problem = self._problem(program, context, groups, sensitivity, bench)
-            found, timed = solve_and_try(problem, bench, cut, self.corrections)
+            if self.implant_ratio:
+                plan, found = plan_tiers(program, context, groups, problem, sensitivity, self)
+            else:
+                found, timed = solve_and_try(problem, bench, cut, self.corrections)
+                plan = Plan({g.name: tuple(units) for g, units in doomed(found.removed).items()})
         quantities: tuple[str, ...] = problem.costs.quantities
         predicted = dict(zip(quantities, found.values.tolist(), strict=True))
-        remove = {group.name: tuple(units) for group, units in doomed(found.removed).items()}
-        program.put(PLAN, Plan(remove, notes=found.notes, predicted=predicted))
+        program.put(PLAN, replace(plan, notes=found.notes, predicted=predicted))
         details = {
             "notes": list(found.notes),
             "predicted": predicted,
             "limits": dict(zip(predicted, problem.limits.tolist(), strict=True)),
-            "units": int(found.removed.sum()),
+            "units": sum(map(len, plan.remove.values())),
+            "implants": dict(plan.kinds),
             "sensitivity_spent": found.loss,
             "latency": timed,
         }
@@ -172,11 +182,11 @@ class PlanChannels(Pass):
         # Kernels are several times slower at other widths, and the table of latencies lacks them.
         floor = 1 if bench is None else DEPTHWISE_FLOOR
         roundings = Rounding(self.round_to, self.depthwise_round_to, floor).ladder()
-        fixed = self._fixed(groups)
+        fixed = shares(self.ratios, groups)
         found = widths(program, groups)
         levels = [
             tuple(
-                self._levels(width, rounding, fixed.get(group.name))
+                width.choices(rounding, self.min_units, self.max_ratio, fixed.get(group.name))
                 for group, width in zip(groups, found, strict=True)
             )
             for rounding in roundings
@@ -186,14 +196,3 @@ class PlanChannels(Pass):
             tuple(group.name for group in groups), Ledgers(tuple(costs)), np.array(limits), spent,
             tuple(levels), tuple(str(rounding.dense) for rounding in roundings), self.tolerance,
         )  # fmt: skip
-
-    def _fixed(self, groups: list[Group]) -> dict[str, float]:
-        pairs = [(selected(pattern, groups), ratio) for pattern, ratio in self.ratios.items()]
-        return {name: ratio for names, ratio in reversed(pairs) for name in names}
-
-    def _levels(self, width: Widths, rounding: Rounding, ratio: float | None) -> Ints:
-        if ratio is not None:
-            allowed = width.losses(rounding)
-            return allowed[[int(np.abs(allowed - ratio * width.units).argmin())]]
-        least = max(self.min_units, width.units - int(self.max_ratio * width.units + 1e-9))
-        return width.losses(rounding, least)
