@@ -152,3 +152,13 @@ def test_masks_follow_removal() -> None:
         assert keep.shape == weight(program, name).shape
         assert not weight(program, name)[~keep].any()
     assert MASKS in RemoveChannels.keeps
+
+
+def test_the_report_says_that_masks_are_in_the_file() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+    x, y = torch.randn(16, 4, 6, 6), torch.arange(16) % 4
+    passes = "sparsify{pattern=2:4},reconstruct"
+    report = fxprune.compile(model, data=(x, y), pipeline=passes, latency_seconds=0.01).report
+    assert report.checks["masks"].passed
+    assert report.before.params == report.after.params  # zeros are no gain
