@@ -17,9 +17,10 @@ from fxprune.errors import InputError
 from fxprune.exits import exits
 from fxprune.inspect import inspect as inspect_program
 from fxprune.inspect import print_inspection
+from fxprune.inspect_html import inspection_html
 from fxprune.latency import compare
 from fxprune.listing import describe, print_passes
-from fxprune.output import check_writable
+from fxprune.output import check_writable, prepare, write_text
 from fxprune.pipeline_text import Recipe, parse, read_recipe
 from fxprune.program import Program
 from fxprune.progress import Tracker
@@ -130,6 +131,7 @@ def inspect_command(
     input_shape: InputShape = None,
     image_size: ImageSize = None,
     trust_pickle: Trust = False,
+    html: Annotated[Path | None, typer.Option(help="file to draw the graph into")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -139,7 +141,12 @@ def inspect_command(
             model, arch, tuple(arch_option or ()), data, tuple(data_option or ()), input_shape,
             image_size, trust_pickle=trust_pickle,
         )  # fmt: skip
-        found = inspect_program(_traced(request))
+        if html is not None:
+            check_writable(html.parent)
+        program = _traced(request)
+        found = inspect_program(program)
+        if html is not None:
+            write_text(prepare(html.parent) / html.name, inspection_html(program, found))
         if as_json:
             print(found.to_json())
         else:

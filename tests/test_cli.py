@@ -193,6 +193,15 @@ def test_inspect_lists_groups(folder: Path) -> None:
     assert "the model's output" in " ".join(table.split())
 
 
+def test_inspect_draws_the_graph(folder: Path) -> None:
+    arguments = ("inspect", "net.pt", *ARCH, "--input-shape", "1,8,8", "--html")
+    assert call(*arguments, "drawn/net.html").exit_code == 0
+    assert (folder / "drawn" / "net.html").read_text().startswith("<!doctype html>")
+    run = call(*arguments, "net.pt/net.html")
+    assert run.exit_code == 2
+    assert "cannot write into the output folder net.pt" in run.stderr
+
+
 def parameters() -> list[torch.Tensor]:
     state = torch.load("net.pt", weights_only=True)
     return [value for name, value in state.items() if not name.endswith(BUFFERS)]
