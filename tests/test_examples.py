@@ -18,7 +18,6 @@ from fxprune.serialize import load
 from fxprune.sources import load_data
 
 ROOT = Path(__file__).parent.parent
-WEIGHTS = ROOT.parent / "shared" / "data"
 DIGITS = ROOT / "examples" / "digits" / "digits.safetensors"
 ARCH = "examples.digits.model:digits_net"
 
@@ -26,7 +25,7 @@ ARCH = "examples.digits.model:digits_net"
 def run(*arguments: str) -> str:
     """Run a command of the README in the checkout."""
     done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -110,16 +109,3 @@ def test_cifar10_files_are_read(tmp_path: Path) -> None:
     assert batch.inputs[0].shape == (12, 3, 32, 32)
     with pytest.raises(InputError, match="there is no"):
         cifar10_data(str(tmp_path / "nowhere"))
-
-
-@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="the published weights are not at hand")
-def test_published_weights_classify_cifar10(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    options = {"depth": 20}
-    model = load_model(WEIGHTS / "resnet20_cifar10.pt", "examples.cifar10:resnet", options=options)
-    data = cifar10_data(str(WEIGHTS), limit=300)
-    assert data.eval is not None
-    (batch,) = batches(data.eval, 300)
-    with torch.no_grad():
-        right = model(*batch.inputs).argmax(1) == batch.target
-    assert right.float().mean() >= 0.87  # 0.917 on all 10,000, less three standard errors
