@@ -1,0 +1,143 @@
+"""Compare implants with removal alone, at equal multiply-accumulates, without training.
+
+    python tools/implant_study.py resnet20 --folder DATA --out DIR     # resumable, piece by piece
+    python tools/implant_study.py --out DIR --table                    # what has been measured
+
+Per network, share of multiply-accumulates that remains, and draw of the calibration data: the
+accuracy as cut and after recalibrating batch norms, and the latency of the folded ONNX model, all
+ways timed in turns. Every figure is a file in the output folder; what is there is not measured
+again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from fxprune import cost
+from fxprune.export import export_onnx
+from fxprune.latency import compare
+from fxprune.passes import (
+    AnnotateSensitivity,
+    FoldBatchNorm,
+    ImplantLowRank,
+    PlanChannels,
+    RecalibrateNorms,
+    RemoveChannels,
+)
+from fxprune.program import Program
+from fxprune.sensitivity_task import Criterion
+from tools.rank_study import Study
+from tools.study_models import NETWORKS
+
+TARGETS = ("70%", "50%", "30%")
+WAYS: dict[str, float | str] = {"removal": 0.0, "ratio 0.3": 0.3, "auto": "auto"}
+CRITERION: Criterion = "gauss-newton"
+INDEXING = {"Gather", "GatherElements", "GatherND", "ScatterElements", "ScatterND"}
+
+
+def build(study: Study, target: str, ratio: float | str, seed: int) -> tuple[Program, list[str]]:
+    """Cut a copy of the network; returns it and the kinds of its implants."""
+    program, context = study.program.copy(), study.context(seed)
+    network = study.network
+    AnnotateSensitivity(CRITERION, samples=network.samples, batch_size=32)(program, context)
+    PlanChannels(macs=target, implant_ratio=ratio)(program, context)
+    RemoveChannels()(program, context)
+    done = ImplantLowRank(samples=256, positions=32768)(program, context)
+    kinds = [told["kind"] for told in (done.details or {}).get("implants", [])]
+    return program, kinds
+
+
+def accuracy(study: Study, target: str, way: str, seed: int) -> dict[str, Any]:
+    """Measure the accuracy as cut and recalibrated."""
+    program, kinds = build(study, target, WAYS[way], seed)
+    cut = study.correct(program)
+    RecalibrateNorms(samples=512)(program, study.context(seed))
+    left = cost(program).macs / cost(study.program).macs
+    return {"cut": cut, "recalibrated": study.correct(program), "macs": left, "kinds": kinds}
+
+
+def latency(study: Study, target: str, seconds: float) -> dict[str, Any]:
+    """Time all ways against each other, and count what indexes at run time."""
+    with tempfile.TemporaryDirectory() as folder:
+        files: dict[str, str | Path] = {}
+        indexing = {}
+        for way, ratio in WAYS.items():
+            program, _ = build(study, target, ratio, 0)
+            FoldBatchNorm()(program.eval(), study.context(0))
+            files[way] = Path(folder) / f"{len(files)}.onnx"
+            export_onnx(program, files[way])
+            nodes = onnx.load(files[way]).graph.node
+            indexing[way] = sum(node.op_type in INDEXING for node in nodes)
+        found = compare(files, seconds=seconds)
+    ms = {way: times.median_ms for way, times in found.items()}
+    return {"latency": ms, "indexing": indexing}
+
+
+def run(study: Study, seeds: int, targets: tuple[str, ...], seconds: float) -> None:
+    """Measure every piece that is not there yet."""
+    study.piece("dense", lambda: study.correct(study.program))
+    for seed in range(seeds):
+        for target in targets:
+            for way in WAYS:
+                study.piece(
+                    f"{way.replace(' ', '-')}-{seed}-{target}",
+                    lambda w=way, s=seed, t=target: accuracy(study, t, w, s),  # type: ignore[misc]
+                )
+    for target in targets:
+        study.piece(f"latency-{target}", lambda t=target: latency(study, t, seconds))  # type: ignore[misc]
+
+
+def table(out: Path) -> Iterator[str]:
+    """Yield the lines of a Markdown table per network."""
+    for folder in sorted(path for path in out.iterdir() if path.is_dir()):
+        dense = folder / "dense.json"
+        shown = f"{100 * json.loads(dense.read_text()):.1f} %" if dense.exists() else "-"
+        yield f"\n{folder.name}: dense {shown}\n"
+        yield "| MACs left | way | as cut | recalibrated | ms |"
+        yield "|---|---|---|---|---|"
+        for target in TARGETS:
+            times = folder / f"latency-{target}.json"
+            found = json.loads(times.read_text())["latency"] if times.exists() else {}
+            for way in WAYS:
+                files = sorted(folder.glob(f"{way.replace(' ', '-')}-*-{target}.json"))
+                results = [json.loads(path.read_text()) for path in files]
+                cells = [_spread([r[key] for r in results]) for key in ("cut", "recalibrated")]
+                ms = f"{found[way]:.2f}" if way in found else "-"
+                yield f"| {target} | {way} | {' | '.join(cells)} | {ms} |"
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    shown = f"{100 * float(np.mean(values)):.1f}"
+    return f"{shown} ± {100 * float(np.std(values, ddof=1)):.1f}" if len(values) > 1 else shown
+
+
+def main() -> None:
+    """Run a study, or print its table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("network", nargs="?", choices=sorted(NETWORKS))
+    parser.add_argument("--folder", type=Path, help="where weights and images lie")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, per target")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if options.network and options.folder:
+        study = Study.load(options.network, options.folder, options.out)
+        run(study, options.seeds, tuple(options.targets), options.seconds)
+    if options.table:
+        print("\n".join(table(options.out)))
+
+
+if __name__ == "__main__":
+    main()
