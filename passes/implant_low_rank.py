@@ -92,6 +92,9 @@ class ImplantLowRank(Pass):
             changes += 1
         if changes:
             finish(program)
+        else:  # the units have other numbers if they were reordered for nothing
+            implant = {group.name: tuple(units) for group, units in (chosen | dict(now)).items()}
+            program.put(PLAN, replace(plan, implant=implant))
         return Outcome(changes, tuple(skips), {"implants": told})
 
     @property
