@@ -69,7 +69,7 @@ def compile_command(
     mean: Mean = None,
     std: Std = None,
     target: Annotated[
-        Words, typer.Option(help="macs=50%, macs=2x, params=30%, size=1MB; repeatable")
+        Words, typer.Option(help="macs=50%, macs=2x, params=30%, size=1MB, latency=60%; repeatable")
     ] = None,
     max_drop: Annotated[
         float | None,
