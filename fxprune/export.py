@@ -23,7 +23,12 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import PostconditionError
 from fxprune.program import Program
-from fxprune.quantization_onnx import GLOBAL_AVERAGE, TRANSLATIONS, is_quantized
+from fxprune.quantization_onnx import (
+    GLOBAL_AVERAGE,
+    TRANSLATIONS,
+    is_quantized,
+    shield_floats,
+)
 from fxprune.surgery import insert_call, replace_node
 from fxprune.verify import relative_error
 
@@ -67,6 +72,7 @@ def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> Ex
     ready = program.copy().to("cpu").eval()
     _spell_attention(ready)
     _spell_averages(ready)
+    shield_floats(ready)
     ready.refresh()
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

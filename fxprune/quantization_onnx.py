@@ -13,10 +13,18 @@ import onnx
 import onnxruntime
 import torch
 from onnxscript import opset20 as op
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.program import Program
 from fxprune.quantization_ops import DEQUANTIZE, QUANTIZE
+from fxprune.quantization_patterns import packet_of
+from fxprune.surgery import insert_call
+
+aten = torch.ops.aten
+WEIGHTED = (
+    aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d, aten.conv_transpose2d,
+    aten.conv_transpose3d, aten.linear,
+)  # fmt: skip
 
 # Operators that fuse, where the optimiser leaves them between codes and codes.
 FUSIBLE = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add"})
@@ -57,6 +65,27 @@ TRANSLATIONS: Mapping[Any, Callable[..., Any]] = {
 def is_quantized(program: Program) -> bool:
     """Whether a program computes with codes."""
     return any(node.target in (QUANTIZE, DEQUANTIZE) for node in program.graph.nodes)
+
+
+def shield_floats(program: Program) -> None:
+    """Keep ONNX Runtime from quantising layers that are to stay in floating point.
+
+    Where codes come in and go out, its optimiser (WeightBiasQuantization) rounds floating-point
+    weights to 8 bits with one scale in all, unasked. A clamp to the range of the codes changes
+    nothing and stands between.
+    """
+    for node in list(program.graph.nodes):
+        x, weight = (*node.args, None, None)[:2]
+        if packet_of(node) not in WEIGHTED or not isinstance(x, fx.Node):
+            continue
+        stored = isinstance(weight, fx.Node) and weight.op == "get_attr"
+        if not stored or x.target is not DEQUANTIZE or x.args[3] != -1:
+            continue
+        scale, zero = (program.tensor(str(item.target)) for item in x.args[1:3])  # type: ignore[union-attr]
+        limits = torch.iinfo(zero.dtype)
+        ends = [float(scale) * (code - int(zero)) for code in (limits.min, limits.max)]
+        clamp = insert_call(program, node, aten.clamp.default, (x, *ends))
+        node.replace_input_with(x, clamp)
 
 
 @dataclass(frozen=True)

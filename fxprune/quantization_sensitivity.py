@@ -8,6 +8,7 @@ predictions. One walk forwards and one back give all layers at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -51,6 +52,43 @@ def rounding_costs(
                     totals[name] = totals.get(name, torch.zeros_like(rise)) + rise
     costs = {name: float(total) for name, total in totals.items()}
     return dict(sorted(costs.items(), key=lambda item: -item[1]))
+
+
+def to_recover(costs: Mapping[str, float], points: float, gap: float) -> tuple[str, ...]:
+    """Name the fewest layers whose rounding explains so many points of a gap.
+
+    Points are taken to fall away in proportion to the costs; all layers where the gap is smaller.
+
+    >>> to_recover({"head": 3.0, "stem": 1.0, "body": 0.1}, 0.5, 0.6)
+    ('head', 'stem')
+    """
+    wanted = min(points / gap, 1.0) * sum(costs.values()) if gap > 0 else 0.0
+    found, explained = [], 0.0
+    for name, value in sorted(costs.items(), key=lambda item: -item[1]):
+        if explained >= wanted:
+            break
+        found.append(name)
+        explained += value
+    return tuple(found)
+
+
+def disagreement(program: Program, context: Context, samples: int, batch_size: int) -> float:
+    """Return in how many of a hundred calibration samples rounding changes the prediction."""
+    size = fixed_batch(program) or batch_size
+    count = max(min(samples, len(context.samples.calibration)) // size, 1) * size
+    program.eval()
+    changed = []
+    with placed(program, context.device), torch.no_grad():
+        for batch in batches(
+            context.samples.calibration, size, seed=context.seed, limit=count, device=context.device
+        ):
+            rounded, exact = (
+                logits_of(found)
+                for found in (program(*batch.inputs), _Walker(program).run(*batch.inputs))
+            )
+            axis = class_axis(exact)
+            changed.append((rounded.argmax(axis) != exact.argmax(axis)).flatten())
+    return 100 * float(torch.cat(changed).double().mean())
 
 
 def _drawn_loss(logits: Tensor, context: Context, generator: torch.Generator) -> Tensor:

@@ -30,7 +30,7 @@ from fxprune.quantization import remeasure, settle, sites, walk
 from fxprune.quantization_bias import correct_biases
 from fxprune.quantization_observers import Method
 from fxprune.quantization_scales import learned_scales
-from fxprune.quantization_sensitivity import rounding_costs
+from fxprune.quantization_sensitivity import disagreement, rounding_costs, to_recover
 from fxprune.training import Schedule, train
 
 
@@ -54,6 +54,8 @@ class TrainQuantized(Pass):
         learn_scales: train the scales too (arXiv 1902.08153).
         freeze: the share of epochs after which scales are no longer measured again.
         sensitivity: tell by weight how much rounding in its layer raises the loss, dearest first.
+        recover: name the layers to leave in floating point, to win back so many points of
+            agreement with the unrounded program; 0 for none.
 
     """
 
@@ -71,6 +73,7 @@ class TrainQuantized(Pass):
     learn_scales: bool = False
     freeze: float = 0.5
     sensitivity: bool = False
+    recover: float = 0.0
 
     name: ClassVar[str] = "train-quantized"
     needs: ClassVar[Facts] = frozenset({OBSERVED})
@@ -87,11 +90,22 @@ class TrainQuantized(Pass):
             details["corrected"] = correct_biases(program, context, self.samples)
         if self.epochs > 0:
             details["epochs"] = self._train(program, context)
-        if self.sensitivity:
-            costs = rounding_costs(program, context, self.samples, self.batch_size)
-            details["sensitivity"] = costs
+        if self.sensitivity or self.recover:
+            details |= self._rank(program, context)
         program.put(CALIBRATED, program.get(OBSERVED))
         return Outcome(count, details=details)
+
+    def _rank(self, program: Program, context: Context) -> dict[str, Any]:
+        costs = rounding_costs(program, context, self.samples, self.batch_size)
+        if not self.recover:
+            return {"sensitivity": costs}
+        gap = disagreement(program, context, self.samples, self.batch_size)
+        names = to_recover(costs, self.recover, gap)
+        note = (
+            f"rounding changes {gap:.2f} % of predictions; to win back {self.recover:g} points, "
+            f"leave in floating point: insert-observers{{fp32=[{','.join(names)}]}}"
+        )
+        return {"sensitivity": costs, "notes": [note]}
 
     def _train(self, program: Program, context: Context) -> list[dict[str, Any]]:
         schedule = Schedule(

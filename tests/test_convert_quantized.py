@@ -6,7 +6,7 @@ import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from quantized_nets import Shortcuts, calibrated, converted
+from quantized_nets import Shortcuts, calibrated, converted, shortcuts
 from support import relative_error
 from torch import nn
 
@@ -14,7 +14,8 @@ import fxprune
 from fxprune.cost import cost
 from fxprune.export import export_onnx
 from fxprune.graph_text import graph_text
-from fxprune.passes import ConvertQuantized
+from fxprune.passes import ConvertQuantized, InsertObservers, TrainQuantized
+from fxprune.pipeline import Pipeline
 from fxprune.quantization_checks import check_agreement, check_fusion
 from fxprune.quantization_onnx import inspect_fusion
 
@@ -113,6 +114,19 @@ def test_onnx_runtime_fuses_everything_and_agrees(tmp_path: Path) -> None:
     (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
     with torch.no_grad():
         assert relative_error(torch.from_numpy(found), program(X)) < 0.05
+
+
+def test_onnx_runtime_does_not_round_what_stays_in_floating_point(tmp_path: Path) -> None:
+    program, context = shortcuts()
+    with torch.no_grad():
+        program.tensor("down.weight")[0] *= 300  # one scale in all would ruin the other channels
+    Pipeline([InsertObservers(fp32=("down",)), TrainQuantized(), ConvertQuantized()]).run(
+        program, context
+    )
+    export_onnx(program, tmp_path / "model.onnx")
+    fusion = inspect_fusion(tmp_path / "model.onnx")
+    assert fusion.fused["QLinearConv"] == 3
+    assert fusion.unfused == ()
 
 
 def test_a_node_that_does_not_fuse_is_named(tmp_path: Path) -> None:

@@ -91,10 +91,10 @@ def test_declines_a_convolution_with_a_norm_behind_it() -> None:
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
-def test_depthwise_convolutions_are_left_unless_asked_for(depthwise: bool) -> None:
+def test_depthwise_convolutions_are_left_if_asked_for(depthwise: bool) -> None:
     program = trace(nn.Conv2d(3, 6, 3, groups=3), IMAGE)
     outcome = InsertObservers(depthwise=depthwise)(program, Context())
-    reason = "depthwise convolutions are faster in floating point"
+    reason = "depthwise convolutions are to stay in floating point"
     assert outcome.skips == (() if depthwise else (Skip("conv2d", reason),))
     assert outcome.changes == (3 if depthwise else 0)
 

@@ -107,3 +107,12 @@ def test_training_needs_training_data() -> None:
     data = {"calibration": context.samples.calibration, "train": None, "eval": None}
     with pytest.raises(InputError, match="no training data"):
         TrainQuantized(epochs=1)(program, type(context)(data, dense=context.dense))
+
+
+def test_layers_to_leave_in_floating_point_are_named() -> None:
+    program, context = observed(reduce_range=True)
+    outcome = TrainQuantized(recover=50.0)(program, context)
+    assert outcome.details is not None
+    (note,) = outcome.details["notes"]
+    costs = outcome.details["sensitivity"]
+    assert f"fp32=[{','.join(costs)}]" in note or "changes 0.00 %" in note

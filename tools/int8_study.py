@@ -2,7 +2,7 @@
 
     python -m tools.int8_study FOLDER [--only resnet20,vit] [--evaluate 1000] [--calibrate 512]
                                [--methods MinMax,Entropy,Percentile] [--epochs 0]
-                               [--train 10000] [--macs 50%] [--seconds 5] [--depthwise]
+                               [--train 10000] [--macs 50%] [--seconds 5] [--no-depthwise]
 
 FOLDER holds the checkpoints and data named below. Every variant of a network calibrates and is
 measured on the same images, in ONNX Runtime, and all are timed in turns. The other quantiser,
@@ -134,7 +134,7 @@ def _inputs(path: Path) -> list[Any]:
 
 
 def ours(
-    program: Program, context: Context, path: Path, depthwise: bool = False, **training: Any
+    program: Program, context: Context, path: Path, depthwise: bool = True, **training: Any
 ) -> float:
     """Quantise a folded program into a file; return its agreement with PyTorch."""
     small = program.copy()
@@ -155,8 +155,8 @@ def variants(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The ways in which fxprune quantises, by name, with their options."""
     plain = {"samples": options.calibrate}
     found: dict[str, dict[str, Any]] = {"fxprune, calibrated": plain}
-    if options.depthwise:
-        found["fxprune, depthwise too"] = {**plain, "depthwise": True}
+    if options.no_depthwise:
+        found["fxprune, depthwise in floats"] = {**plain, "depthwise": False}
     if options.epochs:
         found[f"fxprune, {options.epochs} epochs"] = {**plain, "epochs": options.epochs}
     return found
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--evaluate", type=int, default=1000)
     parser.add_argument("--calibrate", type=int, default=512)
     parser.add_argument("--methods", default=METHODS)
-    parser.add_argument("--depthwise", action="store_true", help="try them on codes too")
+    parser.add_argument("--no-depthwise", action="store_true", help="try them in floats too")
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--train", type=int, default=10000)
     parser.add_argument("--macs", help="prune to this first")
