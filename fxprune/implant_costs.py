@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,9 +130,23 @@ class ChoiceCosts(Costs):
 
     def changes(self, removed: Ints, groups: Ints, counts: Ints) -> Floats:
         """Return by how much costs change if one group alone is set to another choice."""
-        cuts = np.repeat(removed[None], len(groups), axis=0)
-        cuts[np.arange(len(groups)), groups] = counts
-        return self.values(cuts) - self.values(removed[None])
+        ledger, found = self.ledger, np.zeros((len(groups), len(self.ledger.quantities)))
+        left = ledger.sizes - ledger.shrink @ self._counts(removed[None])[0]
+        for number in np.unique(groups).tolist():
+            rows, table = np.flatnonzero(groups == number), self.tables[number]
+            products, columns = self._touched[number], self.columns[number]
+            members = ledger.members[products]
+            steps = table[counts[rows]] - table[removed[number]]
+            after = left - steps @ ledger.shrink[:, columns].T  # candidates, dimensions
+            change = after[:, members].prod(axis=2) - left[members].prod(axis=1)
+            found[rows] = (ledger.factors[products] * change) @ ledger.weights[products]
+        return found
+
+    @functools.cached_property
+    def _touched(self) -> tuple[Ints, ...]:
+        """For each number of a cut, the products that it changes."""
+        touches = (self.ledger.shrink != 0)[self.ledger.members].any(axis=1)  # products, columns
+        return tuple(np.flatnonzero(touches[:, columns].any(axis=1)) for columns in self.columns)
 
     def _counts(self, cuts: Ints) -> Floats:
         found = np.zeros((len(cuts), self.ledger.shrink.shape[1]))
