@@ -51,7 +51,9 @@ def _freeze_space(flow: Flow, node: fx.Node, operand: Labels, weight: Labels) ->
     first = len(operand.shape) - len(weight.shape) + 2
     space = [layer for layer in operand.layers if layer.dim >= first]
     given = flow.arguments(node)
-    is_same = node.meta["val"].shape[first:] == operand.shape[first:]
+    is_same = tuple(node.meta["val"].shape[first:]) == operand.shape[first:]
+    if is_same and set(weight.shape[2:]) == {1}:
+        return tuple(space)  # every position for itself
     is_line = len(weight.shape) == 3 and is_same and given["stride"] in (1, [1])
     mixed = tuple(layer for layer in space if is_line and not flow.is_factor(layer))
     flow.mix(node, mixed)

@@ -13,18 +13,43 @@ from fxprune.labels import Labels, Layer, spread
 aten = torch.ops.aten
 
 
-# Identities are spread without memory, so that views of the values may be copies of theirs.
-COPYING: dict[Any, Any] = {
-    aten.view.default: aten.reshape.default,
-    aten._unsafe_view.default: aten.reshape.default,
-    aten.view_as.default: aten.reshape_as.default,
-}
+def reshape(flow: Flow, node: fx.Node) -> Any:
+    """A view, block by block: dimensions that are not regrouped with a label's own do not matter.
+
+    So the work is that of the labels, not that of the activations.
+    """
+    source, shape = flow.labels(node.args[0]), tuple(node.meta["val"].shape)
+    layers: tuple[Layer, ...] = ()
+    for layer in source.layers:
+        before, after = _block_of(source.shape, shape, layer.dim)
+        inner = tuple(source.shape[before.start : before.stop])
+        ids = spread(Layer(layer.dim - before.start, layer.ids), inner)
+        ids = ids.reshape(shape[after.start : after.stop])
+        view = (1,) * after.start + tuple(ids.shape) + (1,) * (len(shape) - after.stop)
+        layers += flow.settle(node, layer.dim, ids.reshape(view))
+    return Labels(shape, layers)
+
+
+def _block_of(before: tuple[int, ...], after: tuple[int, ...], dim: int) -> tuple[range, range]:
+    """Return the smallest runs of dimensions, of equal size, of which the first holds ``dim``."""
+    left = right = 0
+    while True:
+        start = left, right
+        size, other = before[left], after[right]
+        left, right = left + 1, right + 1
+        while size != other:
+            if size < other:
+                size, left = size * before[left], left + 1
+            else:
+                other, right = other * after[right], right + 1
+        if dim < left:
+            return range(start[0], left), range(start[1], right)
 
 
 def move(flow: Flow, node: fx.Node) -> Any:
     """Execute a one-operand movement on the identities of each layer of its operand."""
     source = flow.labels(node.args[0])
-    target: Any = COPYING.get(node.target, node.target)
+    target: Any = node.target
     rest = flow.concrete(node.args[1:])
     keywords = {name: flow.concrete(value) for name, value in node.kwargs.items()}
     return replay(flow, node, source, lambda ids: target(ids, *rest, **keywords))
@@ -151,10 +176,20 @@ def pad_any(flow: Flow, node: fx.Node) -> Any:
     return pad_mirrored(flow, node)
 
 
+RESHAPES = (
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "view_as",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "ravel",
+)
 MOVEMENTS = (
-    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "permute", "transpose", "t",
+    "permute", "transpose", "t",
     "numpy_T", "mT", "adjoint", "movedim", "moveaxis", "swapaxes", "swapdims", "squeeze",
-    "unsqueeze", "flatten", "unflatten", "ravel", "split_with_sizes", "split", "chunk",
+    "unsqueeze", "split_with_sizes", "split", "chunk",
     "tensor_split", "narrow", "flip", "repeat_interleave", "tile", "pixel_shuffle",
     "pixel_unshuffle", "diagonal", "rot90",
     "atleast_2d", "atleast_3d",
@@ -162,6 +197,7 @@ MOVEMENTS = (
 
 RULES: dict[Any, Rule] = {
     **{getattr(aten, name): move for name in MOVEMENTS if hasattr(aten, name)},
+    **{getattr(aten, name): reshape for name in RESHAPES},
     aten.expand: expand,
     aten.expand_as: expand,
     aten.broadcast_to: expand,
