@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
+from fxprune.compat import enable_torchvision
 from fxprune.context import Context
 from fxprune.data import batches
 from fxprune.datasets import Samples
