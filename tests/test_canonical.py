@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from support import assert_same
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.canonical import functional_form
+
+aten = torch.ops.aten
+
+
+class InPlace(nn.Module):
+    """Writes into tensors, and into views of them, that are read before and after."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case = case
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        match self.case:
+            case "whole":
+                before = y + 1
+                y.relu_()
+                return before + y
+            case "view of the whole":
+                rows = y.view(-1)
+                y.add_(1)
+                return y + rows.view_as(y)
+            case "part":
+                y[:, :2] = 0
+                return y + x
+            case "part by a view":
+                head = y[:, 1:3]
+                head.mul_(3)
+                return y * x
+            case _:
+                y.mul_(x).add_(1).clamp_(min=0)
+                return y
+
+
+CASES = ("whole", "view of the whole", "part", "part by a view", "chain")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_in_place_calls_become_functional(case: str) -> None:
+    model = InPlace(case)
+    x = torch.randn(3, 4)
+    program = fxprune.trace(model, (x.clone(),))
+    assert_same(program(x.clone()), model(x.clone()))
+    names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert not [name for name in names if name.partition(".default")[0].endswith("_")], names
+
+
+def test_functional_forms() -> None:
+    assert functional_form(aten.relu_.default) is aten.relu.default
+    assert functional_form(aten.add_.Tensor) is aten.add.Tensor
+    assert functional_form(aten.relu.default) is None
+    assert functional_form(torch.relu) is None
+
+
+class Splits(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = x.chunk(3, 1)
+        d, e = x.split(5, dim=-2)
+        return torch.cat([a, b, c, d, e], 1)
+
+
+def test_splits_are_spelt_by_their_sizes() -> None:
+    x = torch.randn(2, 7)
+    program = fxprune.trace(Splits(), (x[:, :, None].transpose(1, 2).transpose(1, 2),))
+    sizes = [n.args[1] for n in program.graph.nodes if n.target is aten.split_with_sizes.default]
+    assert sizes == [[3, 3, 1], [5, 2]]
+
+
+def test_a_channel_shuffle_is_views() -> None:
+    x = torch.randn(2, 6, 3, 3)
+    program = fxprune.trace(nn.ChannelShuffle(3), (x,))
+    assert aten.channel_shuffle.default not in {node.target for node in program.graph.nodes}
+    assert_same(program(x), nn.ChannelShuffle(3)(x))
