@@ -45,7 +45,8 @@ def main() -> None:
         print(f"{suite}:{name}", record["failed"] or "passes", record["why"] or "", flush=True)
     print(summary(list(records.values())))
     if options.markdown:
-        options.markdown.write_text(markdown(list(records.values()), options.command))
+        listed = {name: len(models()) for name, models in suites().items()}
+        options.markdown.write_text(markdown(list(records.values()), options.command, listed))
 
 
 def _options() -> argparse.Namespace:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Record = dict[str, Any]
@@ -31,7 +31,9 @@ def _median(records: Sequence[Record], key: str) -> float:
     return float(statistics.median([record[key] for record in records] or [0.0]))
 
 
-def markdown(records: Sequence[Record], command: str) -> str:
+def markdown(
+    records: Sequence[Record], command: str, listed: Mapping[str, int] | None = None
+) -> str:
     """Return the page: a summary, the failures by cause, what is frozen, one row per model."""
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     passed = sum(not record["failed"] for record in records)
@@ -42,15 +44,16 @@ def markdown(records: Sequence[Record], command: str) -> str:
         "",
         _INTRODUCTION,
         "",
-        "| suite | passed | median trace, s | groups / trace, median | share, median |",
-        "|---|---|---|---|---|",
+        "| suite | listed | tried | passed | trace, s | groups / trace | share |",
+        "|" + "---|" * 7,
     ]
     for suite in dict.fromkeys(record["suite"] for record in records):
         mine = [record for record in records if record["suite"] == suite]
         done = [record for record in mine if "groups_s" in record]
         ratio = statistics.median([r["groups_s"] / r["trace_s"] for r in done] or [0])
         parts.append(
-            f"| {suite} | {sum(not r['failed'] for r in mine)} of {len(mine)} | "
+            f"| {suite} | {(listed or {}).get(suite, len(mine))} | {len(mine)} | "
+            f"{sum(not r['failed'] for r in mine)} | "
             f"{_median(done, 'trace_s'):.1f} | {ratio:.2f} | {_median(done, 'share'):.2f} |"
         )
     if failures := [record for record in records if record["failed"]]:
@@ -69,7 +72,9 @@ removable group, chosen at random, are removed; the smaller model then runs forw
 sizes and backward, and its ONNX file is compared with it in ONNX Runtime. *Share* is the part of
 the parameters that go with some removable unit. *Error* is that of zero-then-remove, over the
 groups that no normalisation mixes with others (1e-5 in single precision; where rounding alone
-exceeds that, 1e-10 in double precision). Times are seconds of processor time on one thread."""
+exceeds that, 1e-10 in double precision). Times are seconds of processor time on one thread; the
+first table has medians. A model that is listed and not tried, and an empty cell, were not measured
+in this run."""
 
 
 def _name(record: Record) -> str:
