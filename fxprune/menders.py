@@ -43,7 +43,7 @@ class Settings:
     lookahead: int = 0
     curvature: Curvature = "gauss-newton"
     steps: int = 2
-    cg_steps: int = 20
+    cg_steps: int = 10
     damping: float = 1e-3
     tolerance: float = 1e-3
 

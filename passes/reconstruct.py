@@ -56,6 +56,7 @@ class Reconstruct(Pass):
         held_out: the share of the samples that judges changes and does not make them.
         lookahead: how many operations beyond each layer to look in a second round, by Newton's
             method; 0 for no such round.
+        rounds: how often to look ahead from every layer.
         curvature: of the residuals alone, or as the paper has it of the whole loss.
         steps: of Newton's method per layer, at most.
         cg_steps: of conjugate gradients per Newton step, at most.
@@ -70,9 +71,10 @@ class Reconstruct(Pass):
     ridge: float = 1e-3
     held_out: float = 0.2
     lookahead: int = 0
+    rounds: int = 1
     curvature: Curvature = "gauss-newton"
     steps: int = 2
-    cg_steps: int = 20
+    cg_steps: int = 10
     damping: float = 1e-3
     tolerance: float = 1e-3
     memory_gib: float = 2.0
@@ -89,11 +91,14 @@ class Reconstruct(Pass):
         details: dict[str, Any] = {}
         changed: set[str] = set()
         with placed(program, context.device), torch.no_grad():
-            for lookahead in dict.fromkeys((0, self.lookahead)):
+            for lookahead in (0, *[self.lookahead] * self.rounds * (self.lookahead > 0)):
                 mended, skips, told = self._round(program, dense, context, lookahead)
                 changed |= {layer.layer for layer in mended if layer.after < layer.before}
                 told["layers"] = [asdict(layer) for layer in mended]
-                details |= {"lookahead": told} if lookahead else told
+                if lookahead:
+                    details.setdefault("lookahead", []).append(told)
+                else:
+                    details |= told
         return Outcome(len(changed), skips, details)
 
     def _round(

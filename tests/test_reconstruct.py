@@ -120,10 +120,11 @@ def test_looking_ahead_comes_nearer_still() -> None:
     removed(program, "stem.weight", [0, 3, 5, 6, 9, 11])
     other = program.copy()
     Reconstruct(batch_size=80)(program, context)
-    outcome = Reconstruct(batch_size=80, lookahead=12)(other, context)
+    outcome = Reconstruct(batch_size=80, lookahead=12, rounds=2)(other, context)
     assert apart(other, context) < 0.97 * apart(program, context)
     assert outcome.details is not None
-    steps = outcome.details["lookahead"]["layers"]
+    assert len(outcome.details["lookahead"]) == 2
+    steps = [layer for told in outcome.details["lookahead"] for layer in told["layers"]]
     assert all(layer["after"] <= layer["before"] for layer in steps)
     assert sum(layer["cg_steps"] for layer in steps) > 0
 
@@ -194,3 +195,23 @@ def test_is_the_same_every_time() -> None:
         Reconstruct(samples=64, lookahead=2)(program, context)
         outputs.append(program(X[:8]))
     assert relative_error(*outputs) == 0
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+def test_transformers_come_nearer_too(lookahead: int) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(4, 16)
+            self.block = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.embed(x.flatten(2).mT)).mean(1)  # type: ignore[no-any-return]
+
+    program, context = given(Tokens())
+    assert Sparsify()(program, context).changes == 5
+    torn = apart(program, context)
+    Reconstruct(batch_size=100, lookahead=lookahead)(program, context)
+    assert apart(program, context) < 0.6 * torn
+    for name, keep in program.get(MASKS).keep.items():
+        assert not program.tensor(name)[~keep].any()
