@@ -99,7 +99,7 @@ def _resident(status: Path, field: str) -> int:
 
 def _shares(program: Program, groups: tuple[Group, ...]) -> Record:
     """How many parameters die with some unit that may be removed, and what is frozen and why."""
-    parameters = dict(program.graph_module.named_parameters())
+    parameters = _parameters(program)
     total = sum(parameter.numel() for parameter in parameters.values())
     free = [group for group in groups if group.frozen_because is None and len(group.units) > 1]
     covered = _covered(parameters, free)
@@ -118,6 +118,16 @@ def _shares(program: Program, groups: tuple[Group, ...]) -> Record:
         "tensors_held": _held(parameters, covered),
         "frozen": frozen[:12],
     }
+
+
+def _parameters(program: Program) -> dict[str, torch.nn.Parameter]:
+    """Return what the graph reads, by the name that it reads it under first."""
+    first: dict[torch.nn.Parameter, str] = {}
+    for node in program.tensor_nodes():
+        tensor = program.tensor(str(node.target))
+        if isinstance(tensor, torch.nn.Parameter):
+            first.setdefault(tensor, str(node.target))
+    return {name: tensor for tensor, name in first.items()}
 
 
 def _held(parameters: dict[str, torch.nn.Parameter], covered: dict[str, int]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,6 +84,7 @@ def _name(record: Record) -> str:
 
 def _clip(text: str, length: int) -> str:
     text = " ".join(str(text).split()).replace("|", "\\|")
+    text = re.sub(r'"/[^"]*?(site-packages/|(?=[^/"]*"))', '"', text)  # where it is installed
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
