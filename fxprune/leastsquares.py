@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**23  # elements of a block of systems
+MOST_FEATURES = 8192  # of a system: its moments take half a gigabyte
 LEAST = 1e-12  # the smallest ridge, so that features that never vary do no harm
 FLOOR = 1e-30  # of the features' mean square, where they are all zero
 

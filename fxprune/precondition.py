@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxprune.layers import Layer, argument, blocks, weight_rows
-from fxprune.leastsquares import Moments
+from fxprune.leastsquares import MOST_FEATURES, Moments
 from fxprune.newton import Product, Vector
 from fxprune.program import Program
 from fxprune.region import affine_tail, slope
@@ -35,13 +35,15 @@ def preconditioner(
         values: the values before the layer, on one batch.
 
     Returns:
-        None for layers of several calls and for transposed convolutions.
+        None for layers of several calls, transposed convolutions, and too large systems.
 
     """
     if not layer.fits or len(layer.calls) > 1 or len(names) > 2:
         return None
     call, weight = layer.node, program.tensor(layer.weight).detach()
     rows = weight_rows(call, weight)
+    if rows.shape[2] > MOST_FEATURES:
+        return None
     gram = _gram(call, values[argument(call, "input")], rows, bias=len(names) > 1)
     scale = _scale(program, layer, rows, bias=len(names) > 1)
     kept = torch.ones_like(scale, dtype=torch.bool)

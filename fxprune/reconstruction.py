@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from fxprune.activations import Store, Values, Walk
 from fxprune.facts import MASKS, REMOVED
 from fxprune.layers import layers
+from fxprune.leastsquares import MOST_FEATURES
 from fxprune.menders import Settings, Site, descend, refit, restrict
 from fxprune.program import Program
 from fxprune.region import Region, comparable, cut
@@ -142,7 +143,11 @@ def _plan(
     named = {node.name: node for node in dense.graph.nodes}
     problems, declined = [], []
     for layer in layers(program):
-        if not (layer.fits or lookahead):
+        features = program.tensor(layer.weight)[0].numel()
+        if features > MOST_FEATURES and not lookahead:
+            reason = f"its outputs have {features:,} weights each, which is too large a system"
+            declined.append(Declined(layer.node.name, reason))
+        elif not (layer.fits or lookahead):
             declined.append(Declined(layer.node.name, "transposed convolutions are not re-fitted"))
         elif (region := cut(layer, lookahead, usable)) is None:
             reason = "the dense program has no value that its own could be compared with"

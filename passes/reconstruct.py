@@ -19,8 +19,9 @@ With ``lookahead=K`` a second round makes the values of the next K operations th
 program as well, in so far as the layer's weights can, by Newton's method on conjugate gradients
 (SNOWS, arXiv 2411.18376), given all other layers as the first round left them.
 
-Declines transposed convolutions, and layers whose values have no counterpart in the dense program;
-computed weights, and those with readers other than layers, are left alone.
+Declines layers whose values have no counterpart in the dense program and, unless it looks ahead,
+transposed convolutions and outputs of more than 8,192 weights; computed weights, and those with
+readers other than layers, are left alone.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
+import fxprune.reconstruction
 from fxprune.context import Context
 from fxprune.data import Data
 from fxprune.datasets import Arrays
@@ -215,3 +216,10 @@ def test_transformers_come_nearer_too(lookahead: int) -> None:
     assert apart(program, context) < 0.6 * torn
     for name, keep in program.get(MASKS).keep.items():
         assert not program.tensor(name)[~keep].any()
+
+
+def test_too_large_systems_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fxprune.reconstruction, "MOST_FEATURES", 5)
+    program, context = given(linear(), torch.randn(50, 6))
+    (skip,) = Reconstruct()(program, context).skips
+    assert "6 weights each" in skip.reason
