@@ -209,6 +209,7 @@ def main() -> None:
     parser.add_argument("--macs", help="prune to this first")
     parser.add_argument("--seconds", type=float, default=5)
     options = parser.parse_args()
+    enable_torchvision()  # timm needs it, whoever imports it
     columns = [
         "network",
         "variant",
