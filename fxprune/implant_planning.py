@@ -31,6 +31,7 @@ from fxprune.widths import Rounding
 # tell too little of the loss when many go, so that implants look dearer than they are.
 RATES = (1.0, 0.3, 0.1, 0.03)
 SAMPLING = Sampling(samples=256, batch_size=64, positions=32768)
+TRIAL = Sampling(samples=64, batch_size=32, positions=16384)  # for each of the rates
 
 
 def implant_share(value: float | str) -> float | None:
@@ -121,7 +122,7 @@ def _with_layers(
                 raise
             continue
         plan = _plan(solution, scores, layers)
-        found.append((trial(program, plan, context, list(scores), SAMPLING), plan, solution))
+        found.append((trial(program, plan, context, list(scores), TRIAL), plan, solution))
     _, plan, solution = min(found, key=lambda item: item[0])
     return plan, solution
 
