@@ -18,7 +18,7 @@ from fxprune.measure import Judge, emit, measures
 from fxprune.options import Options
 from fxprune.pipeline import Entry, Pipeline
 from fxprune.program import Program
-from fxprune.quantization_checks import DISAGREEMENT, check_agreement, check_fusion
+from fxprune.quantization_checks import DISAGREEMENT, check_quantized
 from fxprune.quantization_onnx import is_quantized
 from fxprune.report import Check, GroupEntry, Measures, RunReport, TargetEntry, environment
 from fxprune.search import Limits, Trial, budgeted, search, winner
@@ -95,21 +95,15 @@ def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunRep
         threads=options.threads or 1, seconds=options.latency_seconds,
     )  # fmt: skip
     in_file = judge.file(aside / "model.onnx", "evaluating the ONNX file")
+    quantized = is_quantized(small)
     checks |= result_checks(
-        emission.small,
-        before,
-        after,
-        in_file,
-        options.max_drop,
-        parity_limit(small),
-        DISAGREEMENT if is_quantized(small) else ACCURACY_LIMIT,
-    )
+        emission.small, before, after, in_file, options.max_drop, parity_limit(small),
+        DISAGREEMENT if quantized else ACCURACY_LIMIT,
+    )  # fmt: skip
     if MASKS.name in small.facts:
         checks["masks"] = check_masks(small, aside / "model.onnx")
-    if is_quantized(small):
-        say("checking what ONNX Runtime made of the codes")
-        checks["int8_fused"] = check_fusion(aside / "model.onnx")
-        checks["int8_agreement"] = check_agreement(small, aside / "model.onnx", job.data)
+    if quantized:
+        checks |= check_quantized(small, aside / "model.onnx", job.data)
     large = measures(dense, emission.dense, emission.latency["before"], before)
     little = measures(small, emission.small, emission.latency["after"], in_file)
     return small, RunReport(

@@ -16,6 +16,14 @@ DISAGREEMENT = 0.005  # the share of predictions that may differ between the run
 SAMPLES = 1000
 
 
+def check_quantized(program: Program, path: Path, data: Data | None) -> dict[str, Check]:
+    """Check what ONNX Runtime made of a quantised program's file."""
+    return {
+        "int8_fused": check_fusion(path),
+        "int8_agreement": check_agreement(program, path, data),
+    }
+
+
 def check_fusion(path: Path) -> Check:
     """Count quantised nodes that ONNX Runtime computes in floating point; none may be left."""
     fusion = inspect_fusion(path)
