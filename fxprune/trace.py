@@ -89,11 +89,26 @@ def _export(
     try:
         return torch.export.export(model, inputs, strict=False)
     except Exception as error:
+        _check_that_it_runs(model, inputs)
         reason = f"{type(error).__name__}: {error}".strip().split("\n\n")[0]
         raise TraceError(
             f"torch.export cannot capture {type(model).__name__}: {reason}. "
             "Data-dependent control flow is the usual cause; capture the part without it, such as "
             "a detection model's backbone"
+        ) from error
+
+
+def _check_that_it_runs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    try:
+        model(*inputs)
+    except Exception as error:
+        shapes = [
+            "x".join(map(str, leaf.shape)) if isinstance(leaf, Tensor) else type(leaf).__name__
+            for leaf in pytree.tree_leaves(inputs)
+        ]
+        raise TraceError(
+            f"{type(model).__name__} does not run on inputs of {', '.join(shapes)} (a batch of "
+            f"samples): {str(error).strip().splitlines()[0]}; give it what it was trained on"
         ) from error
 
 

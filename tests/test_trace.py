@@ -44,6 +44,11 @@ def test_control_flow_that_depends_on_data_is_refused_with_the_reason() -> None:
         fxprune.trace(Branching(), torch.randn(2, 3))  # type: ignore[arg-type]
 
 
+def test_inputs_that_the_model_does_not_take_are_told_from_what_cannot_be_captured() -> None:
+    with pytest.raises(TraceError, match=r"Conv2d does not run on inputs of 1x1x8x8 .*channels"):
+        fxprune.trace(nn.Conv2d(3, 4, 3), (torch.randn(1, 1, 8, 8),))
+
+
 class FixedBatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(2, 12) @ torch.ones(12, 1)
