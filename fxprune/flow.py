@@ -232,8 +232,7 @@ class Flow:
         if isinstance(found, Layer):
             return (found,)
         if isinstance(found, Tensor):
-            why = "this index is picked out by its number"
-            self.freeze(node, [Layer(0, found.view(1))], why)
+            self.freeze(node, [Layer(0, found.view(1))], "this index is picked out by its number")
             return ()
         if self.survey is not None:
             return self.survey.split(node, key, found)
