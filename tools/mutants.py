@@ -201,7 +201,7 @@ def survives(mutant: Mutant, checkout: Path) -> bool:
             f"{mutant.file} holds the piece {sound.count(mutant.old)} times, not once"
         )
     path.write_text(sound.replace(mutant.old, mutant.new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--hypothesis-profile=hasty"]
     environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
