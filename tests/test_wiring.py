@@ -83,6 +83,11 @@ def channel_attention(model: Any, x: Tensor) -> Tensor:
     return x * scale
 
 
+def through(model: Any, x: Tensor) -> Tensor:
+    y: Tensor = model.part(x)
+    return y
+
+
 def products(model: Any, x: Tensor) -> Tensor:
     return torch.einsum("bchw,cd,de->behw", x, model.part, model.other)
 
@@ -107,6 +112,20 @@ WIRES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any], int]] = 
     "where": (lambda m, x: torch.where(m.part, x, -x), {"part": ORDER.view(16, 1, 1) > 8}, 16),
     "gate": (lambda _, x: F.glu(torch.cat([x, x.tanh()], 1), 1), {}, 16),
     "first channel": (lambda _, x: x * x[:, :1] + x[:, 0].unsqueeze(1), {}, 15),
+    "groups by offset": (through, {"part": nn.Conv2d(16, 16, 3, padding=1, groups=2)}, 8),
+    "groups by offset, wider": (
+        through,
+        {"part": nn.Sequential(nn.Conv2d(16, 24, 1, groups=2), nn.Conv2d(24, 16, 1))},
+        8,
+    ),
+    "groups whole": (through, {"part": nn.Conv2d(16, 16, 1, groups=8)}, 8),
+    "groups transposed": (through, {"part": nn.ConvTranspose2d(16, 16, 1, groups=2)}, 8),
+    "groups whole, transposed": (through, {"part": nn.ConvTranspose2d(16, 16, 1, groups=8)}, 8),
+    "channels multiplied": (
+        through,
+        {"part": nn.Sequential(nn.Conv2d(16, 32, 1, groups=16), nn.Conv2d(32, 16, 1))},
+        16,
+    ),
     "products": (
         products,
         {"part": nn.Parameter(torch.randn(16, 10)), "other": nn.Parameter(torch.randn(10, 16))},
