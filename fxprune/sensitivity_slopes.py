@@ -14,6 +14,7 @@ from fxprune.data import Batch
 from fxprune.sensitivity_gates import GatedProgram
 from fxprune.sensitivity_model import Objective, Precision, differentiable, single_tensor
 
+MOST_EXACT, FEW = 16, 4
 GateCriterion = Literal["taylor", "fisher", "gauss-newton", "output-shift"]
 
 
@@ -29,7 +30,8 @@ class GateProbes:
             sample's loss in the gate, j that of its outputs, A the curvature of the loss in them.
         precision: of the model.
         probes: random vectors on the outputs for the last two; where a sample has no more outputs
-            than this, unit vectors instead, which give the exact form.
+            than this, unit vectors instead, which give the exact form. 0 stands for the exact
+            form up to 16 outputs, and 4 random vectors beyond: samples differ more than vectors.
 
     """
 
@@ -37,7 +39,7 @@ class GateProbes:
     objective: Objective
     criterion: GateCriterion
     precision: Precision = "fp32"
-    probes: int = 16
+    probes: int = 0
 
     def scores(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Return (samples, units) scores of a batch, in float64."""
@@ -97,7 +99,8 @@ class GateProbes:
         return total if self._complete(outputs) else total / len(vectors)
 
     def _complete(self, outputs: Sequence[Tensor]) -> bool:
-        return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] <= self.probes
+        most = self.probes or MOST_EXACT
+        return len(outputs) == 1 and outputs[0].dim() == 2 and outputs[0].shape[1] <= most
 
     def _vectors(self, outputs: Sequence[Tensor], generator: torch.Generator) -> list[list[Tensor]]:
         wide = torch.promote_types(outputs[0].dtype, torch.float32)
@@ -110,5 +113,5 @@ class GateProbes:
                 (torch.randint(2, output.shape, generator=generator) * 2 - 1).to(device, wide)
                 for output in outputs
             ]
-            for _ in range(self.probes)
+            for _ in range(self.probes or FEW)
         ]

@@ -42,7 +42,7 @@ class Settings:
         negative: what becomes of negative traces: their size counts, or they become zero.
         rule: when to stop probing.
         output_probes: random vectors per batch for ``gauss-newton`` and ``output-shift``; exact if
-            there are no more outputs than this.
+            there are no more outputs than this. 0 chooses by the number of outputs.
         memory_gib: how much the activations of a batch may take; batches shrink to fit.
 
     """
@@ -55,7 +55,7 @@ class Settings:
     estimator: Estimator = "auto"
     negative: Negative = "abs"
     rule: StoppingRule = field(default_factory=StoppingRule)
-    output_probes: int = 16
+    output_probes: int = 0
     memory_gib: float = 2.0
 
     def __post_init__(self) -> None:
@@ -70,8 +70,10 @@ class Settings:
             if value not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 raise InputError(f"{name} is '{value}'; it may be {known}")
-        if min(self.samples, self.batch_size, self.rule.cap, self.output_probes) < 1:
-            raise InputError("samples, batch-size, probes and output-probes must be at least 1")
+        if min(self.samples, self.batch_size, self.rule.cap) < 1:
+            raise InputError("samples, batch-size and probes must be at least 1")
+        if self.output_probes < 0:
+            raise InputError("output-probes must be at least 1, or 0 to choose by the outputs")
         if self.memory_gib <= 0:
             raise InputError(f"memory-gib is {self.memory_gib:g}; it must be above 0")
 

@@ -53,7 +53,8 @@ class AnnotateSensitivity(Pass):
         estimator: what trace probes perturb, weights or outputs; exact for none; auto for the best
             that applies.
         negative: abs or clamp; what becomes of negative traces.
-        output_probes: random vectors per batch for gauss-newton and output-shift.
+        output_probes: random vectors per batch for gauss-newton and output-shift; 0 is exact for up
+            to 16 outputs, and 4 beyond.
 
     """
 
@@ -69,7 +70,7 @@ class AnnotateSensitivity(Pass):
     labels: LabelSource = "data"
     estimator: Estimator = "auto"
     negative: Negative = "abs"
-    output_probes: int = 16
+    output_probes: int = 0
 
     name: ClassVar[str] = "annotate-sensitivity"
     acts: ClassVar[bool] = False
