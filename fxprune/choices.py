@@ -47,6 +47,8 @@ class Survey:
 
     def same_kind(self, left: Tensor, right: Tensor) -> bool:
         """Whether both are factor identities, or neither."""
+        if not self.factors:
+            return True
         return bool((left >= self.virtual_from).any() == (right >= self.virtual_from).any())
 
     def split(self, node: fx.Node, key: int, split: Split) -> tuple[Layer, ...]:

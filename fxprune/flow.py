@@ -164,9 +164,8 @@ class Flow:
         """Let identities that meet at a node live or die together."""
         if self.survey is not None and not self.survey.same_kind(left, right):
             return
-        self.merges.merge(
-            left, right, self.reason(node, why or "it meets positions that must stay")
-        )
+        why = why or "it meets positions that must stay"
+        self.merges.merge(left, right, lambda: self.reason(node, why))
 
     def freeze(
         self, node: fx.Node, layers: Iterable[Layer], why: str, *, silent: bool = False

@@ -134,26 +134,28 @@ def _collect(flow: Flow, component: Ints, reasons: Ints, prefer: Preference) -> 
     signature = _signatures(place_component, place_slot, len(component))
     mixed = _mixed_by(flow, component)
 
-    order = np.lexsort((place_index, place_slot, place_component))
-    by_component = place_component[order]
-    first = np.unique(by_component, return_index=True)
-    present = first[0]
-    group_key = np.stack([signature[present], (reasons[present] >= 0).astype(np.uint64)], 1)
-    _, member = np.unique(group_key, axis=0, return_inverse=True)
+    present = np.unique(place_component)
+    key = np.stack([signature[present], (reasons[present] >= 0).astype(np.uint64)], 1)
+    _, member = np.unique(key, axis=0, return_inverse=True)
+    group_of = np.full(len(component), -1)
+    group_of[present] = member.reshape(-1)
 
+    place_group = group_of[place_component]
+    order = np.lexsort((place_index, place_slot, place_group))  # group by group, slot by slot
+    _, starts = np.unique(place_group[order], return_index=True)
+    parts = np.split(order, starts[1:])
+    parts.sort(key=lambda places: place_slot[places[:1]].tolist())  # by the first slot of each
+    numbers = np.full(len(component), -1)  # of units within their group
     is_literal = np.array([slot.tensor.startswith("node:") for slot in slots], dtype=bool)
     groups, taken = [], set[str]()
-    for number in _by_first_place(member.reshape(-1), first[1], place_slot[order]):
-        components = present[member.reshape(-1) == number]
-        mine = np.isin(by_component, components)
-        places = order[mine]
+    for places in parts:
         if is_literal[place_slot[places]].all():
             continue
-        reason = reasons[components].min()  # of several, the first in graph order
+        reason = reasons[place_component[places]].min()  # of several, the first in graph order
         why = flow.merges.reasons[reason] if reason >= 0 else None
         if why is not None and why.silent:
             continue
-        groups.append(_group(slots, components, places, (place_slot, place_index, place_component),
+        groups.append(_group(slots, places, (place_slot, place_index, place_component), numbers,
                              why, prefer, mixed, taken))  # fmt: skip
     return tuple(groups)
 
@@ -164,13 +166,6 @@ def _signatures(component: Ints, slot: Ints, total: int) -> np.ndarray:
     signature = np.zeros(total, dtype=np.uint64)
     np.add.at(signature, component, random[slot])
     return signature
-
-
-def _by_first_place(member: Ints, first: Ints, slot: Ints) -> list[int]:
-    """Order groups by the first slot that a unit of theirs occupies."""
-    earliest = np.full(member.max(initial=-1) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(earliest, member, slot[first])
-    return np.argsort(earliest, kind="stable").tolist()  # type: ignore[no-any-return]
 
 
 def _mixed_by(flow: Flow, component: Ints) -> dict[int, list[str]]:
@@ -184,23 +179,21 @@ def _mixed_by(flow: Flow, component: Ints) -> dict[int, list[str]]:
 
 
 def _group(
-    slots: list[Slot], components: Ints, places: Ints, table: tuple[Ints, Ints, Ints],
+    slots: list[Slot], places: Ints, table: tuple[Ints, Ints, Ints], numbers: Ints,
     why: Reason | None, prefer: Preference, mixed: dict[int, list[str]], taken: set[str],
 ) -> Group:  # fmt: skip
     place_slot, place_index, place_component = table
-    own = np.unique(place_slot[places])
+    own, starts = np.unique(place_slot[places], return_index=True)
+    pieces = np.split(places, starts[1:])
     # Units are numbered by their index along the first slot.
-    head = places[place_slot[places] == own[0]]
-    head = head[np.argsort(place_index[head], kind="stable")]
-    ordered = place_component[head][np.sort(np.unique(place_component[head], return_index=True)[1])]
-    number_of = np.full(place_component.max() + 1, -1, dtype=np.int64)
-    number_of[ordered] = np.arange(len(ordered))
+    head = place_component[pieces[0]]
+    components = head[np.sort(np.unique(head, return_index=True)[1])]
+    numbers[components] = np.arange(len(components))
     by_slot = {}
-    for number in own:
-        mine = places[place_slot[places] == number]
-        units = number_of[place_component[mine]]
+    for slot, piece in zip(own.tolist(), pieces, strict=True):
+        units = numbers[place_component[piece]]
         order = np.argsort(units, kind="stable")
-        by_slot[slots[number]] = (units[order], place_index[mine][order])
+        by_slot[slots[slot]] = (units[order], place_index[piece][order])
     names = tuple(dict.fromkeys(name for c in components.tolist() for name in mixed.get(c, ())))
     members = tuple(by_slot)
     base = str(next((slot for slot in members if not slot.tensor.startswith("node:")), members[0]))
@@ -208,4 +201,4 @@ def _group(
     while name in taken:
         name, count = f"{base}#{count}", count + 1
     taken.add(name)
-    return Group(name, members, why.text if why else None, names, prefer, ordered, by_slot)
+    return Group(name, members, why.text if why else None, names, prefer, components, by_slot)

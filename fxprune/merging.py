@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,14 +45,14 @@ class Merges:
         self.count += size
         return torch.arange(self.count - size, self.count, dtype=torch.int32)
 
-    def merge(self, left: Tensor, right: Tensor, reason: Reason) -> None:
+    def merge(self, left: Tensor, right: Tensor, reason: Callable[[], Reason]) -> None:
         """Let identities that meet live or die together; meeting none (0) freezes."""
         if left is right:
             return
         self.pairs.append((left, right))
         none = (left == 0) != (right == 0)
         if bool(none.any()):
-            self.freeze(torch.maximum(left, right)[none], reason)
+            self.freeze(torch.maximum(left, right)[none], reason())
 
     def freeze(self, ids: Tensor, reason: Reason) -> None:
         """Never remove these."""
