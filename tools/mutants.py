@@ -72,8 +72,8 @@ MUTANTS = (
     Mutant(
         "layer norm: it is not said to mix",
         "fxprune/rules/normalisation.py",
-        "        flow.mix(node, aligned)\n",
-        "",
+        "        aligned = flow.align(node, met, dim)\n        flow.mix(node, aligned)\n",
+        "        aligned = flow.align(node, met, dim)\n",
         REMOVAL,
     ),
     Mutant(
