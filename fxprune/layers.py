@@ -104,8 +104,16 @@ def channel_axis(node: fx.Node) -> int:
     return 1 - dims
 
 
-def blocks(node: fx.Node, value: Tensor, output: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def blocks(
+    node: fx.Node, value: Tensor, output: Tensor, some: Some | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Spread a call's input and its value, a few samples at a time.
+
+    Args:
+        node: a convolution or linear layer.
+        value: its input.
+        output: its value.
+        some: which positions to take; None for all.
 
     Yields:
         groups x features x positions: what each output of the group weighs; the product of
@@ -114,6 +122,9 @@ def blocks(node: fx.Node, value: Tensor, output: Tensor) -> Iterator[tuple[Tenso
 
     """
     if packet(node) is aten.linear:
+        if some is not None and value.dim() > 2:
+            rows = some.draw(value.shape[1], value[0, 0, ..., 0].numel())
+            value, output = value[:, rows], output[:, rows]
         value, output = value.flatten(0, -2), output.flatten(0, -2)
         for x, y in zip(value.split(_per(value[:1])), output.split(_per(value[:1])), strict=True):
             yield x.T.unsqueeze(0), y.T.unsqueeze(0)
@@ -123,8 +134,30 @@ def blocks(node: fx.Node, value: Tensor, output: Tensor) -> Iterator[tuple[Tenso
         value, output = value.unsqueeze(0), output.unsqueeze(0)
     size = _per(output[:1, :1], weight[0].numel() * groups)
     for x, y in zip(value.split(size), output.split(size), strict=True):
-        rows = y.transpose(0, 1).flatten(1).unflatten(0, (groups, -1))
-        yield _features(node, x, weight.shape[2:]), rows
+        rows = some.draw(y.shape[2], y[0, 0, 0].numel()) if some is not None else slice(None)
+        made = y[:, :, rows].transpose(0, 1).flatten(1).unflatten(0, (groups, -1))
+        yield _features(node, x, weight.shape[2:], rows), made
+
+
+@dataclass(frozen=True, eq=False)
+class Some:
+    """Draws positions: where neighbours are alike, a part of them tells nearly as much.
+
+    Attributes:
+        most: how many positions of a sample to take, at most, or a row of them.
+        random: what draws the rows.
+
+    """
+
+    most: int
+    random: torch.Generator
+
+    def draw(self, rows: int, width: int) -> Tensor | slice:
+        """Return numbers of rows, or all of them."""
+        wanted = -(-self.most // max(width, 1))
+        if wanted >= rows:
+            return slice(None)
+        return torch.randperm(rows, generator=self.random)[:wanted].sort().values
 
 
 def _per(sample: Tensor, times: int = 1) -> int:
@@ -132,7 +165,7 @@ def _per(sample: Tensor, times: int = 1) -> int:
     return max(1, BLOCK // max(1, sample.numel() * times))
 
 
-def _features(node: fx.Node, value: Tensor, kernel: torch.Size) -> Tensor:
+def _features(node: fx.Node, value: Tensor, kernel: torch.Size, rows: Tensor | slice) -> Tensor:
     """Spread a convolution's input: groups x features x positions."""
     dims, groups = len(kernel), argument(node, "groups")
     stride, dilation = (_each(argument(node, name), dims) for name in ("stride", "dilation"))
@@ -140,6 +173,8 @@ def _features(node: fx.Node, value: Tensor, kernel: torch.Size) -> Tensor:
     sizes = zip(kernel, stride, dilation, strict=True)
     for dim, (size, step, apart) in enumerate(sizes, start=2):
         value = value.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
+        if dim == 2:
+            value = value[:, :, rows]
     last = range(2 + dims, 2 + 2 * dims)
     # channels, kernel, batch, positions
     spread: Tensor = value.permute(1, *last, 0, *range(2, 2 + dims))

@@ -68,6 +68,7 @@ class Site:
         batch: returns, by number, the values before the region and the dense ones at its outputs.
         fitted: the numbers of the batches that make changes.
         judged: the numbers of those that judge them.
+        samples: how many all batches hold.
 
     """
 
@@ -77,6 +78,7 @@ class Site:
     batch: Callable[[int], tuple[Values, list[Tensor]]]
     fitted: range
     judged: range
+    samples: int = 1
 
 
 def restrict(value: Tensor, node: fx.Node, removed: Removed | None) -> Tensor:
@@ -89,7 +91,7 @@ def restrict(value: Tensor, node: fx.Node, removed: Removed | None) -> Tensor:
 def refit(site: Site, ridge: float) -> Found | None:
     """Solve for a layer's weights; None where there is nothing to mend."""
     layer = site.region.layer
-    task = Refit(site.program, site.region, site.keep.get(layer.weight))
+    task = Refit(site.program, site.region, site.keep.get(layer.weight), site.samples)
     for number in dict.fromkeys([*site.fitted, *site.judged]):
         task.add(*site.batch(number), held_out=number not in site.fitted)
     if len(layer.calls) == 1:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxprune.activations import Store, Values, Walk
 from fxprune.facts import MASKS, REMOVED
@@ -85,6 +86,7 @@ class Reconstruction:
         self._large = Walk(dense, store, "dense", device)
         self._order = {node: number for number, node in enumerate(dense.graph.nodes)}
         self._problems, self.declined = _plan(program, dense, settings.lookahead)
+        self._samples = 0
 
     def __len__(self) -> int:
         return len(self._problems)
@@ -93,6 +95,8 @@ class Reconstruction:
         """Take a batch of samples, before the first layer is mended."""
         self._small.enter(inputs)
         self._large.enter(inputs)
+        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        self._samples += max((len(leaf) for leaf in leaves if leaf.dim()), default=1)
 
     def mend(self) -> Iterator[Mended | None]:
         """Mend every layer in turn; yields None for one in which there is nothing to mend."""
@@ -120,6 +124,7 @@ class Reconstruction:
             self._program, problem.region, masks.keep if masks else {},
             lambda number: self._batch(problem, number),
             range(total - held_out), range(total - held_out if held_out else 0, total),
+            self._samples,
         )  # fmt: skip
 
     def _batch(self, problem: _Problem, number: int) -> tuple[Values, list[Tensor]]:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.activations import Values
-from fxprune.layers import Layer, argument, blocks, packet, weight_rows
+from fxprune.layers import Layer, Some, argument, blocks, packet, weight_rows
 from fxprune.leastsquares import Moments, solve
 from fxprune.program import Program
 from fxprune.region import Region, affine_tail, along_channels, slope
 from fxprune.surgery import set_tensor
 
 aten = torch.ops.aten
+POSITIONS, PER_FEATURE = 131072, 64
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,18 @@ class Refit:
         program: what the layer is part of.
         region: the layer, and the ends of its calls' affine tails.
         keep: which of the weights may differ from zero; None for all.
+        samples: how many there will be; of the many positions of large images some are drawn, at
+            least ``POSITIONS``, and ``PER_FEATURE`` for each weight of an output.
 
     """
 
-    def __init__(self, program: Program, region: Region, keep: Tensor | None = None) -> None:
+    def __init__(
+        self, program: Program, region: Region, keep: Tensor | None = None, samples: int = 1
+    ) -> None:
         self.program, self.region, self.layer = program, region, region.layer
         self._keep = keep
+        positions = max(POSITIONS, PER_FEATURE * program.tensor(self.layer.weight)[0].numel())
+        self._some = Some(-(-positions // samples), torch.Generator().manual_seed(0))
         self._tails = [_until(affine_tail(call), region.outputs) for call in self.layer.calls]
         self._slopes = [slope(program, tail) for tail in self._tails]
         self._moments: dict[bool, Moments] = {}
@@ -58,7 +65,7 @@ class Refit:
             error = target[tail[-1]] - values[tail[-1]]
             if scale is not None:
                 error = error / along_channels(call, scale).to(error.dtype)
-            for x, r in blocks(call, values[argument(call, "input")], error):
+            for x, r in blocks(call, values[argument(call, "input")], error, self._some):
                 if held_out not in self._moments:
                     empty = Moments.zeros(x.shape[0], x.shape[1], r.shape[1], x.device)
                     self._moments[held_out] = empty

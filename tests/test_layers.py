@@ -8,7 +8,7 @@ from support import trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.layers import argument, blocks, layers, weight_rows
+from fxprune.layers import Some, argument, blocks, layers, weight_rows
 
 KINDS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv": (nn.Conv2d(4, 6, 3, padding=1), (3, 4, 7, 5)),
@@ -33,6 +33,32 @@ def test_weights_times_features_are_the_value(kind: str) -> None:
     for features, wanted in blocks(layer.node, x, value):
         bias = program.tensor(str(layer.bias)).detach().view(rows.shape[0], -1, 1)
         torch.testing.assert_close(rows @ features + bias, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_positions_are_positions_of_all(kind: str) -> None:
+    module, shape = KINDS[kind]
+    x = torch.randn(shape, dtype=torch.float64)
+    program = trace(module.double(), x)
+    (layer,) = layers(program)
+    value = module(x).detach()
+    rows = weight_rows(layer.node, program.tensor(layer.weight).detach())
+    total = sum(features.shape[2] for features, _ in blocks(layer.node, x, value))
+    some = Some(2, torch.Generator().manual_seed(0))
+    for features, wanted in blocks(layer.node, x, value, some):
+        bias = program.tensor(str(layer.bias)).detach().view(rows.shape[0], -1, 1)
+        torch.testing.assert_close(rows @ features + bias, wanted)
+        assert features.shape[2] < total or value.dim() == 2
+
+
+def test_rows_are_drawn_so_that_there_are_enough_positions() -> None:
+    some = Some(10, torch.Generator().manual_seed(0))
+    drawn = [some.draw(8, 4) for _ in range(50)]
+    rows = [item.tolist() for item in drawn if isinstance(item, Tensor)]
+    assert len(rows) == 50
+    assert all(len(set(part)) == 3 and part == sorted(part) for part in rows)  # 3 of 4 are 12
+    assert {row for part in rows for row in part} == set(range(8))
+    assert some.draw(3, 4) == slice(None)
 
 
 def test_large_inputs_come_in_blocks() -> None:
