@@ -93,8 +93,8 @@ def write_through(node: fx.Node, target: Any, order: Order) -> bool:
     with graph.inserting_before(node):
         value = _call(graph, node, target, node.args, node.kwargs)
         first = value
-        for part in reversed(parts):
-            value = _scattered(graph, part, value)
+        for taken in reversed(parts):
+            value = _scattered(graph, taken, value)
     for old, new in ((part, first), (whole, value)):
         for user in [user for user in old.users if order.get(user, -1) > at]:
             user.replace_input_with(old, new)
@@ -121,7 +121,9 @@ def _scattered(graph: fx.Graph, part: fx.Node, value: fx.Node) -> fx.Node:
         index = bounds[0] if bounds[0] >= 0 else bounds[0] + source.meta["val"].shape[dim]
         value = _call(graph, part, aten.unsqueeze.default, (value, dim), {})
         bounds = [index, index + 1]
-    return _call(graph, part, aten.slice_scatter.default, (source, value, dim, *bounds), {})
+    whole = _call(graph, part, aten.slice_scatter.default, (source, value, dim, *bounds), {})
+    whole.meta["val"] = source.meta["val"]  # a later write may be into this one
+    return whole
 
 
 def _call(graph: fx.Graph, like: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:

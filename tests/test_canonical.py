@@ -36,12 +36,24 @@ class InPlace(nn.Module):
                 head = y[:, 1:3]
                 head.mul_(3)
                 return y * x
+            case "parts one after the other":
+                y[..., 1] = x[..., 0]
+                y[..., -2] = x.sum(-1)
+                y[1:, 0] += 1
+                return y
+            case "part of a part":
+                inner = y[1:][:, 1:3]
+                inner.mul_(x[1:, 1:3])
+                return y + inner.sum()
             case _:
                 y.mul_(x).add_(1).clamp_(min=0)
                 return y
 
 
-CASES = ("whole", "view of the whole", "part", "part by a view", "chain")
+CASES = (
+    "whole", "view of the whole", "part", "part by a view", "parts one after the other",
+    "part of a part", "chain",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
