@@ -80,7 +80,8 @@ def compile_command(
         int | None, typer.Option(min=1, help="to the target, default 1; epochs are shared out")
     ] = None,
     int8: Annotated[
-        bool | None, typer.Option("--int8/--fp32", help="8-bit codes or floats; default floats")
+        bool | None,
+        typer.Option("--int8/--fp32", help="8-bit codes or floats; default: the better one"),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML of a run; options override it")] = None,
     passes: Annotated[str | None, typer.Option(help="a pipeline, such as a,b{x=1},c")] = None,

@@ -20,13 +20,14 @@ from fxprune.data import Data, as_data, batches, subset
 from fxprune.errors import InputError
 from fxprune.facts import PLAN
 from fxprune.groups import find_groups
-from fxprune.job import Job, aimed, fingerprint_of, run
+from fxprune.job import Job, aimed, fingerprint_of
 from fxprune.options import Options, make_options, resolve
 from fxprune.output import staged
 from fxprune.pipeline_text import Recipe, write_recipe
 from fxprune.program import Program
 from fxprune.report import RunReport
 from fxprune.report_html import to_html
+from fxprune.running import run
 from fxprune.trace import trace
 
 
@@ -81,7 +82,7 @@ def compile(
                 small, report = run(job, kept if out else None, aside)
             report = replace(report, seconds=time.perf_counter() - start)
             serialize.save(small, aside / "model.pt2")
-            (aside / "recipe.toml").write_text(_recipe(job), encoding="utf-8")
+            (aside / "recipe.toml").write_text(_recipe(job, report), encoding="utf-8")
             (aside / "report.html").write_text(to_html(report), encoding="utf-8")
             (aside / "report.json").write_text(report.to_json(), encoding="utf-8")
             names = sorted(path.name for path in aside.iterdir())
@@ -108,7 +109,10 @@ def _limited(data: Data, options: Options) -> Data:
     return replace(data, calibration=subset(data.calibration, count, options.seed))
 
 
-def _recipe(job: Job) -> str:
+def _recipe(job: Job, report: RunReport) -> str:
+    """Say how to come by the result again, in the form that was kept."""
+    if job.free and report.precision is not None and report.precision.kept == "fp32":
+        job = replace(job, pipeline=job.in_floats)
     planned = any(PLAN in step.gives for step in job.pipeline)
     options = job.options.told()
     if job.targets and not planned:

@@ -53,9 +53,14 @@ class Layer:
 def layers(program: Program, batch: int) -> Iterator[Layer]:
     """Yield the layers of a program for a single sample, of ``batch`` in its example inputs."""
     for node in program.graph.nodes:
-        rule = _RULES.get(getattr(node.target, "overloadpacket", None))
-        if rule is not None:
-            yield from rule(node, batch)
+        yield from layers_of(node, batch)
+
+
+def layers_of(node: fx.Node, batch: int) -> Iterator[Layer]:
+    """Yield the layers that one node stands for."""
+    rule = _RULES.get(getattr(node.target, "overloadpacket", None))
+    if rule is not None:
+        yield from rule(node, batch)
 
 
 def others(program: Program) -> Iterator[fx.Node]:

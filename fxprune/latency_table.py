@@ -104,9 +104,9 @@ class Table:
         asked = set(shapes)
         self.used |= asked
         missing = sorted(shape for shape in asked if shape.key not in self.times)
-        sessions = _sessions(missing) * SWEEPS
+        parts = sessions(missing) * SWEEPS
         tracked = (progress or Tracker(shown=False)).track(
-            sessions, "measuring layers in ONNX Runtime", total=len(sessions)
+            parts, "measuring layers in ONNX Runtime", total=len(parts)
         )
         found: dict[str, list[float]] = {}
         for part in tracked:
@@ -140,7 +140,7 @@ class Table:
         }
 
 
-def _sessions(shapes: Sequence[Shape]) -> list[list[Shape]]:
+def sessions(shapes: Sequence[Shape]) -> list[list[Shape]]:
     """Split shapes into parts that fit a session."""
     parts: list[list[Shape]] = []
     room = 0
@@ -189,9 +189,9 @@ def model_of(shapes: Sequence[Shape]) -> bytes:
             values = random.standard_normal(right, dtype=np.float32)
             weights.append(numpy_helper.from_array(values, name))
         operands = [source(left), name if shape.constant else source(right)]
-        operator, attributes = _operator(shape)
+        kind, attributes = operator(shape)
         nodes.append(
-            helper.make_node(operator, operands, [f"layer{number}"], f"layer{number}", **attributes)
+            helper.make_node(kind, operands, [f"layer{number}"], f"layer{number}", **attributes)
         )
         outputs.append(helper.make_tensor_value_info(f"layer{number}", TensorProto.FLOAT, None))
     graph = helper.make_graph(nodes, "layers", list(inputs.values()), outputs, weights)
@@ -201,7 +201,8 @@ def model_of(shapes: Sequence[Shape]) -> bytes:
     return encoded
 
 
-def _operator(shape: Shape) -> tuple[str, Mapping[str, Any]]:
+def operator(shape: Shape) -> tuple[str, Mapping[str, Any]]:
+    """Return a layer's ONNX operator and its attributes."""
     if shape.kind in ("linear", "matmul"):
         return "MatMul", {}
     rank = len(shape.geometry) // 7

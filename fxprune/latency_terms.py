@@ -12,7 +12,7 @@ from torch import fx
 
 from fxprune.cost import Shrinkage, batch_of
 from fxprune.groups import Group
-from fxprune.latency_layers import Dim, Kind, Layer, layers, others
+from fxprune.latency_layers import Dim, Kind, Layer, layers, layers_of, others
 from fxprune.latency_table import Shape
 from fxprune.ledger import Floats
 from fxprune.program import Program, shape_of
@@ -69,10 +69,16 @@ class Term:
 
 def shapes_of(program: Program) -> list[Shape]:
     """Return the layers of a program as it is, for one sample."""
-    return [
-        Shape(layer.kind, layer.geometry, tuple(map(_size, layer.dims)))
-        for layer in layers(program, batch_of(program))
-    ]
+    return [_shape(layer) for layer in layers(program, batch_of(program))]
+
+
+def shape_of_layer(node: fx.Node, batch: int) -> Shape:
+    """Return the layer that a convolution or a linear node is, for one sample."""
+    return _shape(next(layers_of(node, batch)))
+
+
+def _shape(layer: Layer) -> Shape:
+    return Shape(layer.kind, layer.geometry, tuple(map(_size, layer.dims)))
 
 
 def elements_of(program: Program) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,47 +69,46 @@ class Judge:
 
 @dataclass(frozen=True)
 class Emission:
-    """What was written as ONNX, beside the dense model.
+    """A program written as ONNX.
 
     Attributes:
-        dense: the dense model's export, which is not kept.
-        small: the small model's.
-        latency: of ``before`` and ``after``, in turns in one process.
+        path: the file, beside others if its weights are too large for one.
+        export: what was written.
+        latency: in turns with the others in one process; the speed-up is over the first.
 
     """
 
-    dense: ExportCheck
-    small: ExportCheck
-    latency: dict[str, Latency]
+    path: Path
+    export: ExportCheck
+    latency: Latency
 
     @property
     def speedup(self) -> tuple[float, float, float]:
         """The tenth percentile, median and ninetieth percentile of the ratio of latencies."""
-        after = self.latency["after"]
-        return after.speedup_p10, after.speedup, after.speedup_p90
+        return self.latency.speedup_p10, self.latency.speedup, self.latency.speedup_p90
 
 
 def emit(
-    dense: Program, small: Program, path: Path, *, threads: int = 1, seconds: float = 2.0
-) -> Emission:
-    """Export both programs, the small one to ``path``, and time them against each other."""
-    with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
-        other = Path(scratch) / "dense.onnx"
-        checks = export_onnx(dense, other), export_onnx(small, path)
-        files = {"before": other, "after": path}
-        return Emission(*checks, compare(files, threads=threads, seconds=seconds))
+    programs: Mapping[str, Program], folder: Path, threads: int = 1, seconds: float = 2.0
+) -> dict[str, Emission]:
+    """Export programs, each to ``model.onnx`` in a folder of its own, and time them in turns."""
+    paths = {name: folder / name / "model.onnx" for name in programs}
+    checks = {}
+    for name, program in programs.items():
+        paths[name].parent.mkdir(parents=True)
+        checks[name] = export_onnx(program, paths[name])
+    times = compare(paths, threads=threads, seconds=seconds)
+    return {name: Emission(path, checks[name], times[name]) for name, path in paths.items()}
 
 
-def measures(
-    program: Program, export: ExportCheck, latency: Latency, evaluation: Evaluation
-) -> Measures:
+def measures(program: Program, emission: Emission, evaluation: Evaluation) -> Measures:
     """Put one model's figures together."""
     static = cost(program)
     return Measures(
         static.params,
         static.macs,
         static.weight_bytes,
-        export.onnx_bytes,
-        latency.median_ms,
+        emission.export.onnx_bytes,
+        emission.latency.median_ms,
         evaluation.accuracy,
     )

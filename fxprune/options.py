@@ -42,7 +42,8 @@ class Options:
             that keeps to it is searched for; None for no such check.
         epochs: of fine-tuning in the default pipeline, over all its steps.
         steps: in how many steps the default pipeline goes to the targets.
-        int8: whether the default pipeline ends in 8-bit codes.
+        int8: whether the default pipeline ends in 8-bit codes; None tries them and keeps them if
+            they turn out faster and as good.
         pipeline: the passes; None for the default ones.
         calibration: how many samples calibrate at most; None for all.
         batch_size: of evaluation.
@@ -67,7 +68,7 @@ class Options:
     max_drop: float | None = None
     epochs: int = 0
     steps: int = 1
-    int8: bool = False
+    int8: bool | None = None
     pipeline: Pipeline | None = None
     calibration: int | None = None
     batch_size: int = 128
@@ -144,7 +145,8 @@ def resolve(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
         targets = options.targets
         if options.max_drop is None:
             targets = targets or DEFAULT_TARGETS
-        pipeline = default_pipeline(targets, options.epochs, options.steps, int8=options.int8)
+        codes = options.int8 is not False
+        pipeline = default_pipeline(targets, options.epochs, options.steps, int8=codes)
         return pipeline, targets
     if options.epochs or options.steps > 1 or options.int8:
         raise InputError(

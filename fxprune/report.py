@@ -14,6 +14,7 @@ import torch
 from fxprune.budget import Target
 from fxprune.host import processor
 from fxprune.pipeline import Entry
+from fxprune.precision import Precision
 from fxprune.search import Trial
 
 TOLERANCE = 0.01  # a target is met within one per cent
@@ -142,6 +143,7 @@ class RunReport:
     speedup: tuple[float, float, float] | None = None
     seconds: float = 0.0
     trials: tuple[Trial, ...] = ()
+    precision: Precision | None = None
 
     @property
     def target_met(self) -> bool | None:
@@ -153,6 +155,12 @@ class RunReport:
         """Whether every target is met and every check that ran has passed."""
         failed = any(check.passed is False for check in self.checks.values())
         return self.target_met is not False and not failed
+
+    @property
+    def tables(self) -> list[dict[str, Any]]:
+        """The tables that passes left: each a title, columns, and rows of text."""
+        details = (entry.outcome.details or {} for entry in self.entries)
+        return [table for one in details for table in one.get("tables", [])]
 
     def content(self) -> dict[str, Any]:
         """Return what ``report.json`` holds."""
@@ -168,6 +176,7 @@ class RunReport:
             "sensitivity": {name: list(curve) for name, curve in self.curves.items()},
             "speedup": None if self.speedup is None else list(self.speedup),
             "seconds": self.seconds,
+            "precision": None if self.precision is None else asdict(self.precision),
             "trials": [asdict(trial) for trial in self.trials],
             "notes": list(self.notes),
             "environment": dict(self.environment),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -12,6 +13,7 @@ from fxprune.latency import Latency
 from fxprune.report import RunReport
 from fxprune.search import Trial
 
+SHORT = 6  # rows of a pass's table on a terminal
 Row = tuple[str, str, str, str]
 
 
@@ -44,7 +46,8 @@ def _accuracy(before: float | None, after: float | None) -> Row:
 def print_report(report: RunReport, console: Console) -> None:
     """Print the tables that a run ends with."""
     trials = [_trials(report)] if report.trials else []
-    console.print(Group(_figures(report), *trials, _passes(report), *_verdicts(report)))
+    tables = [_short(table) for table in report.tables]
+    console.print(Group(_figures(report), *trials, _passes(report), *tables, *_verdicts(report)))
 
 
 def _figures(report: RunReport) -> Table:
@@ -64,6 +67,22 @@ def _passes(report: RunReport) -> Table:
         cost, changes = entry.after, entry.outcome.changes
         figures = (f"{entry.seconds:.1f}", f"{changes:,}", f"{cost.params:,}", f"{cost.macs:,}")
         table.add_row(Text(entry.spec.replace(",", ", ")), *figures)
+    return table
+
+
+def _short(content: Mapping[str, Any]) -> Table:
+    """The first rows of a pass's table."""
+    rows = content["rows"]
+    more = f" ({SHORT} of {len(rows)}, all in report.html)" if len(rows) > SHORT else ""
+    first, *rest = content["columns"]
+    title = f"{content['title']}{more}"
+    table = Table(
+        first, box=None, pad_edge=False, title=title, title_justify="left", title_style=""
+    )
+    for name in rest:
+        table.add_column(name, justify="right")
+    for row in rows[:SHORT]:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -94,6 +113,8 @@ def _verdicts(report: RunReport) -> Iterator[RenderableType]:
         note = f" ({check.note})" if check.note else ""
         figures = f"{name}: {check.value:.2g}, limit {check.limit:.2g}{note}"
         yield _verdict(check.passed is not False, figures, "passed", "FAILED")
+    if report.precision is not None:
+        yield Text(report.precision.summary)
     for note in report.notes:
         yield Text(f"note: {note}")
 

@@ -17,16 +17,18 @@ ONNX Runtime fuses: the inputs and outputs of convolutions (the output after a R
 zero), the inputs of linear layers, both inputs and the output of additions of such values, and
 pooling. Values that only move (views, slices, pads, concatenations, maxima) keep their codes.
 
-Declines layers that a pattern of ``fp32`` names, depthwise convolutions if told to, and layers
-whose weight is computed or has other readers. Fold batch norms first: a convolution with a norm
+Declines layers that a pattern of ``fp32`` names, depthwise convolutions if told to, layers that
+are measured to be slower on codes if told to, and layers whose weight is computed or has other
+readers. Fold batch norms first: a convolution with a norm
 after it is declined.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -38,6 +40,7 @@ from fxprune.program import Program
 from fxprune.quantization import observe, sites, sums_overflow
 from fxprune.quantization_ops import DEQUANTIZE, FAKE_QUANTIZE
 from fxprune.quantization_patterns import is_depthwise, packet_of, pattern_of, place, weight_name
+from fxprune.quantization_timing import Pace, paces
 
 aten = torch.ops.aten
 REDUCED_NOTE = (
@@ -56,12 +59,15 @@ class InsertObservers(Pass):
             than it saves on every processor that it was measured on.
         reduce_range: keep sums of two products within 16 bits by smaller weights, as processors
             without 8-bit dot products need; by default, where this is one.
+        measure: time layers in ONNX Runtime on codes and on floats, and leave in floating point
+            those that lose by codes, conversions around them counted.
 
     """
 
     fp32: tuple[str, ...] = ()
     depthwise: bool = True
     reduce_range: bool | None = None
+    measure: bool = False
 
     name: ClassVar[str] = "insert-observers"
     keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS})
@@ -72,7 +78,8 @@ class InsertObservers(Pass):
         present = {DEQUANTIZE, FAKE_QUANTIZE}
         if sites(program) or any(node.target in present for node in program.graph.nodes):
             return Outcome()
-        skips, chosen = [], set()
+        skips: list[Skip] = []
+        chosen: set[fx.Node] = set()
         for node in program.graph.nodes:
             pattern = pattern_of(node)
             if pattern is None or pattern.weight is None:
@@ -81,14 +88,21 @@ class InsertObservers(Pass):
                 skips.append(Skip(node.name, reason))
             else:
                 chosen.add(node)
-        placement = place(program, frozenset(chosen))
+        timed: dict[fx.Node, Pace] = {}
+        if self.measure and chosen:
+            timed = paces(program, chosen, context.threads, context.progress)
+        slow = {node: pace for node, pace in timed.items() if not pace.coded}
+        skips += [Skip(node.name, _slowness(pace)) for node, pace in slow.items()]
+        placement = place(program, frozenset(chosen - slow.keys()))
         layers = {node.name: weight_name(node) for node in placement.layers}
         others = tuple(node.name for node in placement.others)
         reduced = sums_overflow() if self.reduce_range is None else self.reduce_range
         count = observe(program, placement)
         program.put(OBSERVED, Quantized(layers, others, reduced))
         notes = [REDUCED_NOTE] if reduced else []
-        details = {"layers": len(layers), "others": len(others), "notes": notes}
+        details: dict[str, Any] = {"layers": len(layers), "others": len(others), "notes": notes}
+        if timed:
+            details["tables"] = [_times(timed)]
         return Outcome(count, tuple(skips), details)
 
     def _obstacle(self, program: Program, layer: fx.Node) -> str | None:
@@ -106,6 +120,26 @@ class InsertObservers(Pass):
         if any(not _reads_as_weight(user) for user in _readers(program, tensor)):
             return "its weight has other readers than layers"
         return None
+
+
+def _slowness(pace: Pace) -> str:
+    gain = pace.floats / pace.codes if pace.codes else 0.0
+    return (
+        f"codes do not pay here: {pace.codes:.0f} us against {pace.floats:.0f} us on floats "
+        f"({gain:.2f}x), conversions aside"
+    )
+
+
+def _times(timed: Mapping[fx.Node, Pace]) -> dict[str, Any]:
+    """The table of measured layers for the report, those that gain least first."""
+    order = sorted(timed, key=lambda node: timed[node].codes - timed[node].floats, reverse=True)
+    rows = []
+    for node in order:
+        pace = timed[node]
+        kept = "INT8" if pace.coded else "FP32"
+        rows.append([weight_name(node), f"{pace.codes:.1f}", f"{pace.floats:.1f}", kept])
+    columns = ["layer", "us on codes", "us on floats", "runs as"]
+    return {"title": "Layers timed in ONNX Runtime", "columns": columns, "rows": rows}
 
 
 def _readers(program: Program, tensor: Tensor) -> list[fx.Node]:

@@ -9,7 +9,8 @@ After:
 
 Calibration runs samples through the program in floating point; observers take the range of what
 they see, and weights that of their largest value per output channel. Fake-quantisers then round
-to what codes can tell, and biases take back what rounding shifts in the means of layers.
+to what codes can tell, and biases take back what rounding shifts in the means of layers. To win
+back predictions, the layers whose rounding costs most are left in floating point (``recover``).
 
 With epochs, the weights are trained through the rounding, whose gradient passes straight through,
 with the dense model as a teacher (see finetune). The scales are measured again before each epoch,
@@ -19,6 +20,7 @@ where there is no data to calibrate or to train on.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -29,8 +31,9 @@ from fxprune.program import Program
 from fxprune.quantization import remeasure, settle, sites, walk
 from fxprune.quantization_bias import correct_biases
 from fxprune.quantization_observers import Method
+from fxprune.quantization_recovery import recover
 from fxprune.quantization_scales import learned_scales
-from fxprune.quantization_sensitivity import disagreement, rounding_costs, to_recover
+from fxprune.quantization_sensitivity import rounding_costs
 from fxprune.training import Schedule, train
 
 
@@ -54,8 +57,8 @@ class TrainQuantized(Pass):
         learn_scales: train the scales too (arXiv 1902.08153).
         freeze: the share of epochs after which scales are no longer measured again.
         sensitivity: tell by weight how much rounding in its layer raises the loss, dearest first.
-        recover: name the layers to leave in floating point, to win back so many points of
-            agreement with the unrounded program; 0 for none.
+        recover: leave the layers in floating point whose rounding costs most, to win back so many
+            points of agreement with the unrounded program; 0 for none.
 
     """
 
@@ -82,30 +85,48 @@ class TrainQuantized(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Calibrate and train; changes counts fake-quantisers."""
-        found = sites(program)
-        observers = walk(program, context, found, self.observer, self.samples, self.batch_size)
-        count = settle(program, found, observers, self.observer, search_weights=self.search_weights)
         details: dict[str, Any] = {}
+        if self.recover:
+            details |= self._recover(program, context)
+        count, corrected = self._calibrate(program, context)
         if self.bias_correction:
-            details["corrected"] = correct_biases(program, context, self.samples)
+            details["corrected"] = corrected
         if self.epochs > 0:
             details["epochs"] = self._train(program, context)
-        if self.sensitivity or self.recover:
-            details |= self._rank(program, context)
+        if self.sensitivity and not self.recover:
+            costs = rounding_costs(program, context, self.samples, self.batch_size)
+            details |= {"sensitivity": costs, "tables": [_table(costs)]}
         program.put(CALIBRATED, program.get(OBSERVED))
         return Outcome(count, details=details)
 
-    def _rank(self, program: Program, context: Context) -> dict[str, Any]:
-        costs = rounding_costs(program, context, self.samples, self.batch_size)
-        if not self.recover:
-            return {"sensitivity": costs}
-        gap = disagreement(program, context, self.samples, self.batch_size)
-        names = to_recover(costs, self.recover, gap)
-        note = (
-            f"rounding changes {gap:.2f} % of predictions; to win back {self.recover:g} points, "
-            f"leave in floating point: insert-observers{{fp32=[{','.join(names)}]}}"
-        )
-        return {"sensitivity": costs, "notes": [note]}
+    def _calibrate(self, program: Program, context: Context) -> tuple[int, int]:
+        """Turn observers into fake-quantisers; returns how many, and of biases corrected."""
+        found = sites(program)
+        observers = walk(program, context, found, self.observer, self.samples, self.batch_size)
+        count = settle(program, found, observers, self.observer, search_weights=self.search_weights)
+        if not self.bias_correction:
+            return count, 0
+        return count, correct_biases(program, context, self.samples)
+
+    def _recover(self, program: Program, context: Context) -> dict[str, Any]:
+        def calibrate(trial: Program) -> None:
+            self._calibrate(trial, context)
+
+        size = self.samples, self.batch_size
+        found = recover(program, context, self.recover, calibrate, *size)
+        note = f"rounding changes {found.gaps[0]:.2f} % of predictions"
+        if found.weights:
+            left = ", ".join(found.weights)
+            note += f", and {found.gaps[-1]:.2f} % with these layers in floating point: {left}"
+        if found.gaps[0] - found.gaps[-1] < min(self.recover, found.gaps[0]):
+            note += f"; that is less than the {self.recover:g} points asked for"
+        return {
+            "sensitivity": dict(found.costs),
+            "floats": list(found.weights),
+            "disagreement": list(found.gaps),
+            "tables": [_table(found.costs, found.weights)],
+            "notes": [note],
+        }
 
     def _train(self, program: Program, context: Context) -> list[dict[str, Any]]:
         schedule = Schedule(
@@ -122,3 +143,14 @@ class TrainQuantized(Pass):
 
         history = train(program, context, schedule, on_epoch=measure)
         return [asdict(epoch) for epoch in history]
+
+
+def _table(costs: Mapping[str, float], floats: Collection[str] = ()) -> dict[str, Any]:
+    """Rounding errors by layer, for the report."""
+    whole = sum(costs.values()) or 1.0
+    rows = [
+        [name, f"{cost:.2e}", f"{100 * cost / whole:.1f} %", "FP32" if name in floats else "INT8"]
+        for name, cost in costs.items()
+    ]
+    columns = ["layer", "rise of the loss", "share", "runs as"]
+    return {"title": "What rounding costs, to second order", "columns": columns, "rows": rows}

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from quantized_nets import observed, shortcuts
 from support import check, trace
 from torch import Tensor, nn
 
+from fxprune import quantization_timing
 from fxprune.context import Context
 from fxprune.facts import OBSERVED
+from fxprune.latency_table import Shape
 from fxprune.passes import InsertObservers
 from fxprune.pipeline import Skip
+from fxprune.progress import Tracker
 from fxprune.quantization import sites
+from fxprune.quantization_patterns import pattern_of
+from fxprune.quantization_timing import paces
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -103,3 +110,51 @@ def test_depthwise_convolutions_are_left_if_asked_for(depthwise: bool) -> None:
 def test_the_range_of_weights_is_reduced_where_that_is_needed(reduced: bool) -> None:
     program, _ = observed(reduce_range=reduced)
     assert program.get(OBSERVED).paired == reduced
+
+
+def test_layers_that_lose_by_codes_are_left_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(*arguments: object) -> dict[str, tuple[float, float]]:
+        shapes, counts = cast(tuple[set[Shape], set[int]], arguments[:2])
+        found = {shape.key: (10.0, 30.0) for shape in shapes}
+        found |= {shape.key: (30.0, 10.0) for shape in shapes if shape.kind == "linear"}
+        return found | {f"conversion {count}": (1.0, 1.0) for count in counts}
+
+    monkeypatch.setattr(quantization_timing, "_measured", timed)
+    program, context = shortcuts()
+    outcome = InsertObservers(measure=True)(program, context)
+    assert {skip.node for skip in outcome.skips} == {"linear", "linear_1"}
+    assert "30 us against 10 us on floats (0.33x)" in outcome.skips[0].reason
+    assert set(program.get(OBSERVED).layers.values()) == {
+        "stem.weight", "down.weight", "left.weight", "right.weight",
+    }  # fmt: skip
+    assert outcome.details is not None
+    (table,) = outcome.details["tables"]
+    assert table["rows"][0][1:] == ["30.0", "10.0", "FP32"]
+
+
+def test_a_slower_layer_stays_on_codes_where_conversions_cost_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def timed(*arguments: object) -> dict[str, tuple[float, float]]:
+        shapes, counts = cast(tuple[set[Shape], set[int]], arguments[:2])
+        found = {shape.key: (10.0, 30.0) for shape in shapes}
+        found |= {shape.key: (14.0, 10.0) for shape in shapes if shape.dims[2] == 1}
+        return found | {f"conversion {count}": (3.0, 3.0) for count in counts}
+
+    monkeypatch.setattr(quantization_timing, "_measured", timed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)
+    )
+    program = trace(model, IMAGE)
+    assert InsertObservers(measure=True)(program, Context()).skips == ()
+    end = trace(nn.Sequential(model[2], model[3]), torch.randn(2, 8, 6, 6))
+    (skip,) = InsertObservers(measure=True)(end, Context()).skips
+    assert skip.node == "conv2d"
+
+
+def test_layers_and_conversions_are_timed() -> None:
+    program = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)), IMAGE)
+    layers = [node for node in program.graph.nodes if pattern_of(node) is not None]
+    found = paces(program, layers, 1, Tracker(False))
+    assert list(found) == layers
+    assert all(pace.codes > 0 and pace.floats > 0 for pace in found.values())

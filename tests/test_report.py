@@ -27,9 +27,12 @@ KEYS = {"before", "after", "target", "target_met", "passes", "checks", "groups",
 
 def report(*, met: bool = True, passed: bool = True) -> RunReport:
     skips = (Skip("add <3>", "its input is not a convolution"),)
+    rows = [[f"layer {number}", f"{number}.5"] for number in range(9)]
+    tables = [{"title": "Times <of layers>", "columns": ["layer", "us"], "rows": rows}]
     details = {"loss": [float("nan"), np.float32(0.5)], "odd": object}
+    scored = Outcome(details={"tables": tables})
     entries = (
-        Entry("score{probes=8}", 1.25, Outcome(), Cost(100, 1000, 400), Cost(100, 1000, 400)),
+        Entry("score{probes=8}", 1.25, scored, Cost(100, 1000, 400), Cost(100, 1000, 400)),
         Entry("cut", 0.5, Outcome(4, skips, details), Cost(100, 1000, 400), Cost(60, 500, 240)),
     )
     return RunReport(
@@ -103,6 +106,9 @@ def test_the_table_tells_all() -> None:
     assert lines["macs=25%"] == "macs=25% 1.0 250 50.00 % +40.00 points"
     assert lines["macs=1%"] == "macs=1% 1.0 - - cannot be met"
     assert "note: no evaluation data was given" in text
+    assert "Times <of layers> (6 of 9, all in report.html)" in text
+    assert lines["layer 5"] == "layer 5 5.5"
+    assert "layer 6" not in text
 
 
 def test_html_is_well_formed_and_self_contained() -> None:
@@ -113,6 +119,8 @@ def test_html_is_well_formed_and_self_contained() -> None:
     widths = [float(bar.get("width", "")) for bar in root.findall(".//td/svg/rect[@class='r']")]
     assert widths == [100.0]  # 4 of 16 units on a bar of 400
     assert "the output &lt;y&gt;" in page
+    assert "Times &lt;of layers&gt;" in page
+    assert "<td>layer 8</td>" in page
     assert not re.search(r"(src|href)=|@import|url\(", page)
 
 

@@ -8,10 +8,11 @@ from quantized_nets import calibrated, observed
 from support import relative_error
 from torch import Tensor, nn
 
+from fxprune import quantization_recovery
 from fxprune.context import Context
 from fxprune.data import batches
 from fxprune.errors import InputError
-from fxprune.facts import MASKS, Masks
+from fxprune.facts import CALIBRATED, MASKS, OBSERVED, Masks
 from fxprune.passes import TrainQuantized
 from fxprune.program import Program
 from fxprune.quantization import fakes, sites
@@ -109,10 +110,33 @@ def test_training_needs_training_data() -> None:
         TrainQuantized(epochs=1)(program, type(context)(data, dense=context.dense))
 
 
-def test_layers_to_leave_in_floating_point_are_named() -> None:
+def test_layers_are_left_in_floating_point_until_predictions_are_won_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gaps = iter([10.0, 6.0, 1.0])
+    monkeypatch.setattr(quantization_recovery, "disagreement", lambda *_: next(gaps))
     program, context = observed(reduce_range=True)
-    outcome = TrainQuantized(recover=50.0)(program, context)
+    before = set(program.get(OBSERVED).layers.values())
+    outcome = TrainQuantized(recover=8.0)(program, context)
     assert outcome.details is not None
-    (note,) = outcome.details["notes"]
-    costs = outcome.details["sensitivity"]
-    assert f"fp32=[{','.join(costs)}]" in note or "changes 0.00 %" in note
+    assert outcome.details["disagreement"] == [10.0, 6.0, 1.0]
+    left = outcome.details["floats"]
+    assert left
+    assert set(program.get(CALIBRATED).layers.values()) == before - set(left)
+    rounded = {site.value.target for site in fakes(program) if site.symmetric}
+    assert rounded == before - set(left)
+    assert f"1.00 % with these layers in floating point: {', '.join(left)}" in str(
+        outcome.details["notes"]
+    )
+    (table,) = outcome.details["tables"]
+    assert {row[0] for row in table["rows"] if row[-1] == "FP32"} <= set(left)
+    assert error(program, context) < 0.15
+
+
+def test_nothing_is_left_where_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantization_recovery, "disagreement", lambda *_: 0.0)
+    program, context = observed(reduce_range=True)
+    outcome = TrainQuantized(recover=1.0)(program, context)
+    assert outcome.details is not None
+    assert outcome.details["floats"] == []
+    assert outcome.details["notes"] == ["rounding changes 0.00 % of predictions"]

@@ -3,9 +3,13 @@
     python -m tools.int8_study FOLDER [--only resnet20,vit] [--evaluate 1000] [--calibrate 512]
                                [--methods MinMax,Entropy,Percentile] [--epochs 0]
                                [--train 10000] [--macs 50%] [--seconds 5] [--no-depthwise]
+                               [--measure] [--rows FILE]
 
-FOLDER holds the checkpoints and data named below. Every variant of a network calibrates and is
-measured on the same images, in ONNX Runtime, and all are timed in turns. The other quantiser,
+Networks whose rows are in the file of ``--rows``, from the same options, are not studied again, so
+that a run can be interrupted and taken up. resnet18 and resnet50 have random weights and images:
+only their speed means something. FOLDER holds the checkpoints and data that ``int8_cases`` names.
+Every variant of a network calibrates and is measured on the same images, in ONNX Runtime, and all
+are timed in turns. The other quantiser,
 ``onnxruntime.quantization.quantize_static``, gets the same FP32 file after its own preprocessing,
 8-bit activations, 8-bit weights per channel, and each of its calibration methods (all but MinMax
 keep the activations of every image in memory).
@@ -14,9 +18,9 @@ keep the activations of every image in memory).
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ from fxprune.compat import enable_torchvision
 from fxprune.context import Context
 from fxprune.data import batches
 from fxprune.datasets import Samples
-from fxprune.evaluate import evaluate, run_onnx, run_program
+from fxprune.evaluate import class_axis, evaluate, run_onnx, run_program
 from fxprune.export import export_onnx
 from fxprune.latency import compare
 from fxprune.passes import (
@@ -44,55 +48,9 @@ from fxprune.pipeline import Pipeline
 from fxprune.program import Program
 from fxprune.quantization import sums_overflow
 from fxprune.quantization_onnx import inspect_fusion
-from tools.study_models import CIFAR, HALF, IMAGENET, NETWORKS, Statistics, load_data, load_program
+from tools.int8_cases import CASES, Case, load, shuffled
 
 METHODS = "MinMax,Entropy,Percentile"
-VIT = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network: its factory, its weights, its images and how these are normalised."""
-
-    arch: str
-    argument: int | None
-    weights: str
-    images: str
-    held_out: str | None
-    statistics: Statistics = IMAGENET
-
-
-CASES = {
-    "resnet20": Case("arch/models_cifar.py:resnet", 20, "resnet20_cifar10.pt", *CIFAR),
-    "resnet56": Case("arch/models_cifar.py:resnet", 56, "resnet56_cifar10.pt", *CIFAR),
-    "mobilenet_v2": Case(
-        NETWORKS["mobilenet_v2"].arch, None, "mobilenet_v2_imagenet.pt",
-        "imagenet_sample1000_224.npz", None, HALF,
-    ),
-    "vit": Case("arch/build_timm.py:vit_cifar10_timm", None, "vit_cifar10_timm.pt", *CIFAR, VIT),
-}  # fmt: skip
-
-
-def load(folder: Path, case: Case, count: int) -> tuple[Program, Samples, Samples]:
-    """Load a network, images to calibrate and train on, and images to measure on."""
-    data: Any = load_data(folder / case.images, case.statistics)
-    arch = case.arch if case.arch.startswith("torchvision") else str(folder / case.arch)
-    program = load_program(arch, case.argument, folder / case.weights, data)
-    known = unseen = data
-    if case.held_out is None:
-        order = shuffled(len(data))
-        half = len(order) // 2
-        known, unseen = Subset(data, order[:half]), Subset(data, order[half:][:count])
-    else:
-        other: Any = load_data(folder / case.held_out, case.statistics)
-        unseen = Subset(other, shuffled(len(other))[:count])
-    return program, known, unseen
-
-
-def shuffled(count: int) -> list[int]:
-    """Numbers below a count, in a fixed random order."""
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    return order
 
 
 def other_quantiser(
@@ -135,11 +93,11 @@ def _inputs(path: Path) -> list[Any]:
 
 
 def ours(
-    program: Program, context: Context, path: Path, depthwise: bool = True, **training: Any
+    program: Program, context: Context, path: Path, placing: dict[str, Any], **training: Any
 ) -> float:
     """Quantise a folded program into a file; return its agreement with PyTorch."""
     small = program.copy()
-    passes = InsertObservers(depthwise=depthwise), TrainQuantized(**training), ConvertQuantized()
+    passes = InsertObservers(**placing), TrainQuantized(**training), ConvertQuantized()
     Pipeline(passes).run(small, context)
     export_onnx(small, path)
     in_torch, in_onnx = run_program(small), run_onnx(path)
@@ -147,17 +105,20 @@ def ours(
     assert context.samples.eval is not None
     for batch in batches(context.samples.eval, 64):
         with torch.no_grad():
-            ours = in_torch(batch.inputs).argmax(1)
-        same.append(ours == in_onnx(batch.inputs).argmax(1))
+            ours, theirs = in_torch(batch.inputs), in_onnx(batch.inputs)
+        axis = class_axis(ours)
+        same.append((ours.argmax(axis) == theirs.argmax(axis)).flatten())
     return float(torch.cat(same).double().mean())
 
 
 def variants(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The ways in which fxprune quantises, by name, with their options."""
-    plain = {"samples": options.calibrate}
+    plain: dict[str, Any] = {"samples": options.calibrate, "placing": {}}
     found: dict[str, dict[str, Any]] = {"fxprune, calibrated": plain}
     if options.no_depthwise:
-        found["fxprune, depthwise in floats"] = {**plain, "depthwise": False}
+        found["fxprune, depthwise in floats"] = {**plain, "placing": {"depthwise": False}}
+    if options.measure:
+        found["fxprune, by measured benefit"] = {**plain, "placing": {"measure": True}}
     if options.epochs:
         found[f"fxprune, {options.epochs} epochs"] = {**plain, "epochs": options.epochs}
     return found
@@ -206,6 +167,8 @@ def main() -> None:
     parser.add_argument("--no-depthwise", action="store_true", help="try them in floats too")
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--train", type=int, default=10000)
+    parser.add_argument("--measure", action="store_true", help="try opt-outs by measured benefit")
+    parser.add_argument("--rows", type=Path, help="file that rows are kept in and taken from")
     parser.add_argument("--macs", help="prune to this first")
     parser.add_argument("--seconds", type=float, default=5)
     options = parser.parse_args()
@@ -222,8 +185,24 @@ def main() -> None:
     ]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for name in options.only.split(",") if options.only else CASES:
-        for row in study(options.folder, CASES[name], options):
+        for row in kept_rows(name, options):
             print(f"| {name} | {' | '.join(row)} |", flush=True)
+
+
+def kept_rows(name: str, options: argparse.Namespace) -> list[list[str]]:
+    """Take a network's rows from the file, or study it and add them."""
+    asked = {key: str(value) for key, value in vars(options).items() if key not in ("only", "rows")}
+    file = options.rows
+    for line in file.read_text().splitlines() if file is not None and file.exists() else ():
+        kept: dict[str, Any] = json.loads(line)
+        if (kept["network"], kept["options"]) == (name, asked):
+            found: list[list[str]] = kept["rows"]
+            return found
+    rows = list(study(options.folder, CASES[name], options))
+    if file is not None:
+        with file.open("a") as out:
+            out.write(json.dumps({"network": name, "options": asked, "rows": rows}) + "\n")
+    return rows
 
 
 if __name__ == "__main__":

@@ -74,8 +74,11 @@ NETWORKS = {
 
 
 def load_data(path: Path, statistics: Statistics = IMAGENET) -> Arrays:
-    """Read an ``.npz`` of images: ``x`` and ``y``, or ``jpeg``, ``offsets`` and ``labels``."""
+    """Read an ``.npz``: ``x`` and ``y``, or ``jpeg``, ``offsets`` and ``labels``, or ``ids``."""
     with np.load(path) as file:
+        if "ids" in file:  # tokens; each is to be told from those before it
+            tokens = torch.from_numpy(file["ids"].astype(np.int64))
+            return Arrays(tokens[:, :-1], tokens[:, 1:])
         if "x" in file:
             images, labels = file["x"], file["y"]
         else:
@@ -95,12 +98,16 @@ def _decoded(data: Any, offsets: Any) -> Any:
     )
 
 
-def load_program(arch: str, argument: int | None, weights: Path, data: Arrays) -> Program:
-    """Build a model by its factory, load a state dict, and trace it for two samples."""
+def load_program(
+    arch: str, argument: int | tuple[int, ...] | None, weights: Path | None, data: Arrays
+) -> Program:
+    """Build a model by its factory, load a state dict if any, and trace it for two samples."""
     place, _, name = arch.rpartition(":")
     factory = cast(Callable[..., nn.Module], getattr(_module(place), name))
-    model = factory() if argument is None else factory(argument)
-    model.load_state_dict(torch.load(weights, weights_only=True))
+    arguments = () if argument is None else argument if isinstance(argument, tuple) else (argument,)
+    model = factory(*arguments)
+    if weights is not None:
+        model.load_state_dict(torch.load(weights, weights_only=True))
     return trace(model.eval(), (data.gather(torch.arange(2))[0],))
 
 

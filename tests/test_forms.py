@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantized_nets import Shortcuts
+from torch import nn
+
+import fxprune
+from fxprune import forms as module
+from fxprune.compile import Result
+from fxprune.errors import InputError
+from fxprune.evaluate import Evaluation
+from fxprune.export import ExportCheck
+from fxprune.forms import Forms, choose
+from fxprune.latency import Latency
+from fxprune.measure import Emission
+from fxprune.passes import TrainQuantized
+from fxprune.pipeline import Outcome
+from fxprune.program import Program
+from fxprune.quantization_onnx import is_quantized
+
+MADE: Any = object()  # stands for a program
+QUICK = {"latency_seconds": 0.02, "verify": False, "progress": fxprune.progress.Tracker(False)}
+
+
+def emission(speedup: float) -> Emission:
+    latency = Latency(1 / speedup, 0.0, 0.0, 9, speedup, speedup, speedup)
+    return Emission(Path("model.onnx"), ExportCheck(0.0, int(100 / speedup)), latency)
+
+
+def chosen(
+    pace: float = 2.0, accuracy: float = 0.9, *, free: bool = True, failed: tuple[str, ...] = (),
+    least: float | None = None,
+) -> Any:  # fmt: skip
+    emitted = {"fp32": emission(1.0), "int8": emission(pace)}
+    judged = {"fp32": Evaluation(0.9, 1000), "int8": Evaluation(accuracy, 1000)}
+    return choose(Forms(MADE, MADE, free=free), emitted, judged, failed, least)
+
+
+def test_codes_are_kept_where_they_are_faster_and_as_good() -> None:
+    found = chosen()
+    assert (found.kept, found.why, found.speedup) == ("int8", "2.00x as fast as FP32", 2.0)
+    assert found.summary == (
+        "precision: INT8, 2.00x as fast as FP32 "
+        "(INT8 against FP32: 0.500 against 1.000 ms, 50 against 100 bytes, 90.00 against 90.00 %)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (chosen(0.8), "for INT8 is not faster than FP32 (0.80x)"),
+        (chosen(accuracy=0.89), "for INT8 loses 1.00 points more (2.00x)"),
+        (chosen(accuracy=0.897, least=0.899), "loses 0.30 points more, beyond max-drop (2.00x)"),
+        (chosen(failed=("int8_fused",)), "for INT8 failed the checks int8_fus"),
+    ],
+)
+def test_floats_are_kept_where_codes_are_worse(found: Any, why: str) -> None:
+    assert found.kept == "fp32"
+    assert why in found.why
+
+
+def test_codes_that_were_asked_for_are_kept_and_their_slowness_is_told() -> None:
+    found = chosen(0.8, accuracy=0.5, free=False)
+    assert (found.kept, found.why) == ("int8", "although it is NOT FASTER: 0.80x as fast as FP32")
+
+
+def test_without_floats_to_compare_with_that_is_told() -> None:
+    found = choose(
+        Forms(None, MADE), {"int8": emission(2.0)}, {"int8": Evaluation(0.9)}, None, None
+    )
+    assert found is not None
+    assert (found.kept, found.fp32) == ("int8", None)
+    assert "resumed" in found.summary
+
+
+def compiled(model: nn.Module, monkeypatch: pytest.MonkeyPatch, pace: float, **more: Any) -> Result:
+    """Compile with the default pipeline, codes being so many times as fast."""
+    real = module.emit
+
+    def emit(programs: dict[str, Program], *rest: Any) -> dict[str, Emission]:
+        found = real(programs, *rest)
+        if "int8" in found:
+            times = replace(found["fp32"].latency, speedup=pace * found["fp32"].latency.speedup)
+            found["int8"] = replace(found["int8"], latency=times)
+        return found
+
+    monkeypatch.setattr(module, "emit", emit)
+    torch.manual_seed(0)
+    x = torch.randn(96, 3, 8, 8)
+    with torch.no_grad():
+        data = {"calibration": (x, model.eval()(x).argmax(1))}
+    return fxprune.compile(model, data=data, **{"target": "params=80%"} | QUICK | more)
+
+
+@pytest.mark.parametrize(("pace", "kept"), [(2.0, "int8"), (0.5, "fp32")])
+def test_the_faster_form_is_written(
+    pace: float, kept: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    result = compiled(Shortcuts(), monkeypatch, pace, out=tmp_path)
+    precision = result.report.precision
+    assert precision is not None
+    assert precision.kept == kept
+    assert is_quantized(result.program) == (kept == "int8")
+    assert ("int8_fused" in result.report.checks) == (kept == "int8")
+    assert ("convert-quantized" in (tmp_path / "recipe.toml").read_text()) == (kept == "int8")
+    own = getattr(precision, kept)
+    assert own.onnx_bytes == (tmp_path / "model.onnx").stat().st_size
+    assert own.onnx_bytes == result.report.after.onnx_bytes
+    assert own.accuracy == result.report.after.accuracy
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == sorted(
+        [".html", ".json", ".onnx", ".pt2", ".toml"]
+    )
+    assert precision.summary in (tmp_path / "report.html").read_text()
+
+
+def test_codes_that_cannot_be_had_leave_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Outcome:
+        raise InputError("no such luck")
+
+    monkeypatch.setattr(TrainQuantized, "run", fail)
+    precision = compiled(Shortcuts(), monkeypatch, 2.0).report.precision
+    assert precision is not None
+    assert precision.summary == "precision: FP32, for INT8 cannot be had: no such luck"
+    with pytest.raises(InputError, match="no such luck"):
+        compiled(Shortcuts(), monkeypatch, 2.0, int8=True)
+
+
+def test_a_model_without_layers_to_quantise_stays_in_floats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Parameter(torch.randn(16, 3))
+            self.second = nn.Parameter(torch.randn(4, 16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x.mean((2, 3)) @ self.first.T) @ self.second.T
+
+    precision = compiled(Scaled(), monkeypatch, 2.0, target="params=75%").report.precision
+    assert precision is not None
+    assert precision.summary == "precision: FP32, for nothing in this model can be quantised"
+
+
+def test_floats_that_were_asked_for_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = compiled(Shortcuts(), monkeypatch, 2.0, int8=False)
+    assert result.report.precision is None
+    assert not is_quantized(result.program)
