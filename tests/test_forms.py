@@ -10,21 +10,24 @@ from quantized_nets import Shortcuts
 from torch import nn
 
 import fxprune
-from fxprune import forms as module
 from fxprune.compile import Result
 from fxprune.errors import InputError
 from fxprune.evaluate import Evaluation
 from fxprune.export import ExportCheck
 from fxprune.forms import Forms, choose
 from fxprune.latency import Latency
-from fxprune.measure import Emission
+from fxprune.measure import Emission, emit
 from fxprune.passes import TrainQuantized
 from fxprune.pipeline import Outcome
 from fxprune.program import Program
 from fxprune.quantization_onnx import is_quantized
 
 MADE: Any = object()  # stands for a program
-QUICK = {"latency_seconds": 0.02, "verify": False, "progress": fxprune.progress.Tracker(False)}
+QUICK: dict[str, Any] = {
+    "latency_seconds": 0.02,
+    "verify": False,
+    "progress": fxprune.progress.Tracker(False),
+}
 
 
 def emission(speedup: float) -> Emission:
@@ -70,9 +73,7 @@ def test_codes_that_were_asked_for_are_kept_and_their_slowness_is_told() -> None
 
 
 def test_without_floats_to_compare_with_that_is_told() -> None:
-    found = choose(
-        Forms(None, MADE), {"int8": emission(2.0)}, {"int8": Evaluation(0.9)}, None, None
-    )
+    found = choose(Forms(None, MADE), {"int8": emission(2.0)}, {"int8": Evaluation(0.9)}, (), None)
     assert found is not None
     assert (found.kept, found.fp32) == ("int8", None)
     assert "resumed" in found.summary
@@ -80,21 +81,22 @@ def test_without_floats_to_compare_with_that_is_told() -> None:
 
 def compiled(model: nn.Module, monkeypatch: pytest.MonkeyPatch, pace: float, **more: Any) -> Result:
     """Compile with the default pipeline, codes being so many times as fast."""
-    real = module.emit
+    real = emit
 
-    def emit(programs: dict[str, Program], *rest: Any) -> dict[str, Emission]:
+    def hurried(programs: dict[str, Program], *rest: Any) -> dict[str, Emission]:
         found = real(programs, *rest)
         if "int8" in found:
             times = replace(found["fp32"].latency, speedup=pace * found["fp32"].latency.speedup)
             found["int8"] = replace(found["int8"], latency=times)
         return found
 
-    monkeypatch.setattr(module, "emit", emit)
+    monkeypatch.setattr("fxprune.forms.emit", hurried)
     torch.manual_seed(0)
     x = torch.randn(96, 3, 8, 8)
     with torch.no_grad():
         data = {"calibration": (x, model.eval()(x).argmax(1))}
-    return fxprune.compile(model, data=data, **{"target": "params=80%"} | QUICK | more)
+    options: dict[str, Any] = {"target": "params=80%"} | QUICK | more
+    return fxprune.compile(model, data=data, **options)
 
 
 @pytest.mark.parametrize(("pace", "kept"), [(2.0, "int8"), (0.5, "fp32")])
