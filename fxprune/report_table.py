@@ -70,20 +70,17 @@ def _passes(report: RunReport) -> Table:
     return table
 
 
-def _short(content: Mapping[str, Any]) -> Table:
-    """The first rows of a pass's table."""
+def _short(content: Mapping[str, Any]) -> RenderableType:
+    """The first rows of a pass's table, under its title."""
     rows = content["rows"]
     more = f" ({SHORT} of {len(rows)}, all in report.html)" if len(rows) > SHORT else ""
     first, *rest = content["columns"]
-    title = f"{content['title']}{more}"
-    table = Table(
-        first, box=None, pad_edge=False, title=title, title_justify="left", title_style=""
-    )
+    table = Table(first, box=None, pad_edge=False)
     for name in rest:
         table.add_column(name, justify="right")
     for row in rows[:SHORT]:
         table.add_row(*map(Text, row))
-    return table
+    return Group(Text(f"{content['title']}{more}"), table)
 
 
 def _trials(report: RunReport) -> Table:
