@@ -178,8 +178,8 @@ def default_pipeline(
     """Return the passes of a run that names none.
 
     Several steps each go an equal part of the way, as a ratio of costs; the early ones need not
-    land exactly. Epochs are shared out among them, what does not divide to the last; a step that
-    gets none is made good by reconstruction, which needs no labels.
+    land exactly. Every cut is made good by reconstruction, which needs no labels. Epochs are shared
+    out among the steps, what does not divide to the last.
     """
     found: list[Pass] = []
     for step in range(1, steps + 1):
@@ -193,7 +193,8 @@ def default_pipeline(
             plan,
             RemoveChannels(),
             RecalibrateNorms(),
-            Finetune(epochs=share) if share else Reconstruct(),
+            Reconstruct(),
+            *[Finetune(epochs=share)] * (share > 0),
         ]
     codes = (InsertObservers(), TrainQuantized(), ConvertQuantized()) if int8 else ()
     return Pipeline((*found, FoldBatchNorm(), *codes))
