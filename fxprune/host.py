@@ -40,3 +40,13 @@ def cache_folder() -> Path:
             return Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local")) / "fxprune"
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (given if given.is_absolute() else home / ".cache") / "fxprune"
+
+
+def peak_memory() -> int | None:
+    """Return the most memory that this process has had, in bytes; None where it is not told."""
+    try:
+        import resource  # not on every system
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
