@@ -19,6 +19,9 @@ BLOCK = 2**23  # elements of a block of systems
 MOST_FEATURES = 8192  # of a system: its moments take half a gigabyte
 LEAST = 1e-12  # the smallest ridge, so that features that never vary do no harm
 FLOOR = 1e-30  # of the features' mean square, where they are all zero
+DIRECT = 2 * 10**11  # multiplications for all masked systems; more are solved stepwise
+STEPS = 60  # of that, at most
+NEAR = 1e-4  # the share of the residual that may be left
 
 
 @dataclass
@@ -131,7 +134,9 @@ def _cholesky(gram: Tensor, cross: Tensor) -> Tensor:
 
 def _on_support(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
     """Solve one system per output, in which the weights that are not kept do not take part."""
-    groups, outputs, _ = keep.shape
+    groups, outputs, features = keep.shape
+    if groups * outputs * features**3 // 3 > DIRECT:
+        return _stepwise(gram, cross, keep)
     found = torch.zeros(keep.shape, dtype=gram.dtype, device=gram.device)
     size = max(1, BLOCK // gram.shape[1] ** 2)
     for group in range(groups):
@@ -141,4 +146,29 @@ def _on_support(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
             systems = gram[group] * pairs + torch.diag_embed(1 - part)
             wanted = (cross[group].T[start : start + size] * part).unsqueeze(2)
             found[group, start : start + size] = _cholesky(systems, wanted).squeeze(2) * part
+    return found
+
+
+def _stepwise(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
+    """Solve the systems of all outputs at once by conjugate gradients, scaled by the diagonal.
+
+    A step costs one product with the moments, where a factorisation would have to be made for
+    every output.
+    """
+    kept = keep.to(gram.dtype)
+    scale = kept / gram.diagonal(dim1=1, dim2=2).unsqueeze(1)
+    residual = cross.transpose(1, 2) * kept
+    found, direction = torch.zeros_like(residual), residual * scale
+    slope = (residual * direction).sum(2, keepdim=True)
+    goal = NEAR**2 * slope
+    for _ in range(STEPS):
+        image = direction @ gram * kept
+        length = slope / (direction * image).sum(2, keepdim=True).clamp_min(FLOOR)
+        found += length * direction
+        residual -= length * image
+        ready = residual * scale
+        last, slope = slope, (residual * ready).sum(2, keepdim=True)
+        if bool((slope <= goal).all()):
+            break
+        direction = ready + slope / last.clamp_min(FLOOR) * direction
     return found

@@ -20,12 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxprune.activations import Values
 from fxprune.layers import argument, packet
-from fxprune.newton import Product, Vector, total
+from fxprune.newton import Product, Vector, along
 from fxprune.program import Program
 from fxprune.region import Region, affine_tail
 
 aten = torch.ops.aten
 Curvature = Literal["gauss-newton", "newton"]
+Solver = Literal["own", "paper"]
 Batch = tuple[Values, list[Tensor]]  # the frontier, and the dense values at the outputs
 TINY = 1e-12
 
@@ -41,6 +42,7 @@ class Lookahead:
         keep: by variable, which of its elements may change; None for all.
         batch: returns a batch by number.
         fixed: other tensors to compute the region with, by name.
+        weighed: whether every operation counts alike; if not, ``w_k`` is two for all.
 
     """
 
@@ -50,6 +52,7 @@ class Lookahead:
     keep: tuple[Tensor | None, ...]
     batch: Callable[[int], Batch]
     fixed: Mapping[str, Tensor]
+    weighed: bool = True
 
     @functools.cached_property
     def _aliases(self) -> dict[str, list[str]]:
@@ -72,11 +75,7 @@ class Lookahead:
     def residuals(self, batch: Batch) -> Callable[..., Vector]:
         """Return the weighed differences at the outputs as a function of the variables."""
         frontier, wanted = batch
-        scales = [
-            (0.5 / len(self.region.outputs) / value.square().mean().clamp_min(TINY)).sqrt()
-            / value.numel() ** 0.5
-            for value in wanted
-        ]  # fmt: skip
+        scales = self._scales(wanted)
 
         def differences(*point: Tensor) -> Vector:
             given = dict(self.fixed)
@@ -90,6 +89,16 @@ class Lookahead:
 
         return differences
 
+    def _scales(self, wanted: list[Tensor]) -> list[Tensor]:
+        """What the differences at each output are multiplied by."""
+        if not self.weighed:
+            return [wanted[0].new_tensor(len(wanted[0]) ** -0.5)] * len(wanted)
+        return [
+            (0.5 / len(wanted) / value.square().mean().clamp_min(TINY)).sqrt()
+            / value.numel() ** 0.5
+            for value in wanted
+        ]  # fmt: skip
+
     def loss(self, numbers: Sequence[int], point: Vector) -> float:
         """Return the mean loss over batches."""
         losses = (_square(self.residuals(self.batch(n))(*point)) for n in numbers)
@@ -97,8 +106,11 @@ class Lookahead:
 
     def gradient(self, numbers: Sequence[int], point: Vector) -> Vector:
         """Return the gradient of the mean loss over batches."""
-        parts = [self._gradient(self.residuals(self.batch(number)), point) for number in numbers]
-        return self.restrict(tuple(part / len(numbers) for part in total(parts)))
+        found = tuple(torch.zeros_like(part) for part in point)
+        for number in numbers:
+            part = self._gradient(self.residuals(self.batch(number)), point)
+            found = along(found, 1 / len(numbers), part)
+        return self.restrict(found)
 
     def _gradient(self, residuals: Callable[..., Vector], point: Vector) -> Vector:
         leaves = tuple(part.detach().requires_grad_() for part in point)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
 from fxprune.activations import Values
 from fxprune.facts import Removed
-from fxprune.lookahead import Curvature, Lookahead, variables
-from fxprune.newton import conjugate_gradients, dot, line_search
+from fxprune.lookahead import Curvature, Lookahead, Solver, variables
+from fxprune.newton import Product, conjugate_gradients, dot, line_search
 from fxprune.precondition import preconditioner
 from fxprune.program import Program
 from fxprune.refit import Fit, Refit
@@ -35,6 +36,7 @@ class Settings:
         cg_steps: of conjugate gradients in each of them, at most.
         damping: relative to the curvature along the gradient.
         tolerance: of conjugate gradients, relative to the gradient.
+        solver: ``paper`` as arXiv 2411.18376 has it.
 
     """
 
@@ -46,6 +48,7 @@ class Settings:
     cg_steps: int = 10
     damping: float = 1e-3
     tolerance: float = 1e-3
+    solver: Solver = "own"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Site:
         fitted: the numbers of the batches that make changes.
         judged: the numbers of those that judge them.
         samples: how many all batches hold.
+        dense: the dense program's tensors that the region reads, by name.
 
     """
 
@@ -79,6 +83,7 @@ class Site:
     fitted: range
     judged: range
     samples: int = 1
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def restrict(value: Tensor, node: fx.Node, removed: Removed | None) -> Tensor:
@@ -116,38 +121,52 @@ def _found(fit: Fit | None) -> Found | None:
 def descend(site: Site, settings: Settings) -> Found | None:
     """Take Newton steps on a layer's weights; None where there is nothing to mend.
 
-    The gradient is that of all batches, the curvature that of one, another one for each step.
+    The curvature is that of one batch, another one for each step. The gradient is that of all
+    fitted batches, and the others judge; the paper has both of that one batch as well.
     """
-    names = variables(site.program, site.region)
-    keep = tuple(site.keep.get(name) for name in names)
-    task = Lookahead(site.program, site.region, names, keep, site.batch, {})
-    fitted = site.fitted or site.judged
+    task, precondition = _task(site, settings)
+    paper, fitted = settings.solver == "paper", site.fitted or site.judged
     point = task.point()
     loss = before = task.loss(site.judged, point)
     if not before:
         return None
     steps = 0
-    precondition = preconditioner(
-        site.program, site.region.layer, names, keep[0], site.batch(fitted[0])[0]
-    )
     for number in range(settings.steps):
-        gradient = task.gradient(fitted, point)
-        product = task.product(fitted[number % len(fitted)], point, settings.curvature)
+        one = fitted[number % len(fitted)]
+        seen, judged = ([one], [one]) if paper else (fitted, site.judged)
+        loss = task.loss(judged, point) if paper else loss
+        gradient = task.gradient(seen, point)
         direction = conjugate_gradients(
-            product, gradient, damping=settings.damping, tolerance=settings.tolerance,
-            most=settings.cg_steps, precondition=precondition,
+            task.product(one, point, settings.curvature), gradient, damping=settings.damping,
+            tolerance=settings.tolerance, most=settings.cg_steps, precondition=precondition,
         )  # fmt: skip
         steps += direction.steps
         slope = dot(gradient, direction.vector)
-        found = line_search(
-            lambda there: task.loss(site.judged, there), point, loss, direction.vector, slope
-        )
+        judge = functools.partial(task.loss, judged)
+        found = line_search(judge, point, loss, direction.vector, slope)
         if found is None:
             break
         point, last, loss = found[0], loss, found[1]
         if last - loss < STAGNANT * last:
             break
-    if loss < before:
-        for name, value in zip(names, point, strict=True):
+    loss = task.loss(site.judged, point) if paper else loss
+    if paper or loss < before:
+        for name, value in zip(task.names, point, strict=True):
             set_tensor(site.program, name, value)
-    return Found(before, min(loss, before), steps)
+    return Found(before, loss, steps)
+
+
+def _task(site: Site, settings: Settings) -> tuple[Lookahead, Product | None]:
+    """What to minimise, and what makes the conjugate gradients need fewer steps."""
+    layer = site.region.layer
+    if settings.solver == "paper":
+        task = Lookahead(
+            site.program, site.region, (layer.weight,), (site.keep.get(layer.weight),),
+            site.batch, site.dense, weighed=False,
+        )  # fmt: skip
+        return task, None
+    names = variables(site.program, site.region)
+    keeps = tuple(site.keep.get(name) for name in names)
+    task = Lookahead(site.program, site.region, names, keeps, site.batch, {})
+    first = site.batch((site.fitted or site.judged)[0])[0]
+    return task, preconditioner(site.program, layer, names, keeps[0], first)

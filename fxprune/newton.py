@@ -6,7 +6,7 @@ Vectors are tuples of tensors, one per variable.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -107,8 +107,3 @@ def line_search(
         if value < at and value <= at + ENOUGH * length * min(slope, 0.0):
             return point, value
     return None
-
-
-def total(parts: Sequence[Vector]) -> Vector:
-    """Return the sum of vectors."""
-    return tuple(torch.stack(same).sum(0) for same in zip(*parts, strict=True))

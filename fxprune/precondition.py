@@ -99,6 +99,7 @@ def _solver(gram: Tensor, kept: Tensor) -> Any:
         diagonal = gram.diagonal(dim1=1, dim2=2).unsqueeze(1)
         return lambda rows: rows * kept / diagonal
     pairs = kept.unsqueeze(3) & kept.unsqueeze(2)
-    systems = gram.unsqueeze(1) * pairs + torch.diag_embed((~kept).to(gram.dtype))
-    factor = torch.linalg.cholesky(systems.float()).double()
-    return lambda rows: torch.cholesky_solve((rows * kept).unsqueeze(3), factor).squeeze(3)
+    systems = gram.float().unsqueeze(1) * pairs
+    systems.diagonal(dim1=2, dim2=3).add_(~kept)
+    factor = torch.linalg.cholesky(systems)
+    return lambda rows: torch.cholesky_solve((rows * kept).float().unsqueeze(3), factor)[..., 0]

@@ -103,11 +103,17 @@ class Program:
         """Set batch norms and dropouts to evaluation; returns the program itself."""
         return self.train(False)
 
-    def copy(self) -> Program:
-        """Return an independent copy; facts are immutable and shared."""
-        return Program(
-            copy.deepcopy(self.graph_module), self.example_inputs, self.dynamic, dict(self.facts)
-        )
+    def copy(self, *, share: bool = False) -> Program:
+        """Return an independent copy; facts are immutable and shared.
+
+        Args:
+            share: the copy reads the same tensors, and so takes no memory for its own.
+
+        """
+        module = self.graph_module
+        tensors = [*module.parameters(), *module.buffers()] if share else []
+        copied = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+        return Program(copied, self.example_inputs, self.dynamic, dict(self.facts))
 
     def to(self, device: str | torch.device) -> Program:
         """Move the tensors and the example inputs; returns the program itself."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,8 @@ from torch.utils import _pytree as pytree
 
 from fxprune.activations import Store, Values, Walk
 from fxprune.facts import MASKS, REMOVED
+from fxprune.footprint import per_sample
+from fxprune.host import peak_memory
 from fxprune.layers import layers
 from fxprune.leastsquares import MOST_FEATURES
 from fxprune.menders import Settings, Site, descend, refit, restrict
@@ -34,7 +35,7 @@ class Mended:
         after: the same, with the new weights.
         seconds: the time taken.
         cg_steps: steps of conjugate gradients.
-        peak_gib: the most memory that the process has had so far.
+        peak_gib: the most memory that the process has had so far; None where it is not told.
 
     """
 
@@ -44,7 +45,7 @@ class Mended:
     after: float
     seconds: float
     cg_steps: int
-    peak_gib: float
+    peak_gib: float | None
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Reconstruction:
         settings: how.
         store: where activations lie.
         device: where both programs are.
+        chosen: tells by its name whether a weight is to be mended; None mends all.
 
     Attributes:
         declined: the layers that cannot be mended.
@@ -79,17 +81,24 @@ class Reconstruction:
     """
 
     def __init__(
-        self, program: Program, dense: Program, settings: Settings, store: Store, device: str
-    ) -> None:
+        self, program: Program, dense: Program, settings: Settings, store: Store, device: str,
+        chosen: Callable[[str], bool] | None = None,
+    ) -> None:  # fmt: skip
         self._program, self._settings = program, settings
         self._small = Walk(program, store, "program", device)
         self._large = Walk(dense, store, "dense", device)
         self._order = {node: number for number, node in enumerate(dense.graph.nodes)}
-        self._problems, self.declined = _plan(program, dense, settings.lookahead)
+        self._problems, self.declined = _plan(program, dense, settings.lookahead, chosen)
         self._samples = 0
 
     def __len__(self) -> int:
         return len(self._problems)
+
+    def most_samples(self, memory: int) -> int:
+        """Return how many samples a batch may have, so that every region keeps to a memory."""
+        curvature = self._settings.curvature if self._settings.lookahead else None
+        regions = (problem.region for problem in self._problems)
+        return max(memory // max(per_sample(self._program, regions, curvature), 1), 1)
 
     def enter(self, inputs: tuple[Any, ...]) -> None:
         """Take a batch of samples, before the first layer is mended."""
@@ -110,22 +119,33 @@ class Reconstruction:
                 found = descend(site, self._settings)
             else:
                 found = refit(site, self._settings.ridge)
-            seconds = round(time.perf_counter() - start, 3)
+            seconds, peak = round(time.perf_counter() - start, 3), peak_memory()
             yield None if found is None else Mended(
                 problem.region.layer.weight, problem.region.outputs[-1].name,
-                found.before, found.after, seconds, found.cg_steps, round(_peak() / GIB, 3),
+                found.before, found.after, seconds, found.cg_steps,
+                None if peak is None else round(peak / GIB, 3),
             )  # fmt: skip
 
     def _site(self, problem: _Problem) -> Site:
         total = self._small.batches
-        held_out = max(round(self._settings.held_out * total), 1) if total > 1 else 0
+        share = self._settings.held_out
+        held_out = max(round(share * total), 1) if total > 1 and share else 0
         masks = self._program.facts.get(MASKS.name)
         return Site(
             self._program, problem.region, masks.keep if masks else {},
             lambda number: self._batch(problem, number),
             range(total - held_out), range(total - held_out if held_out else 0, total),
             self._samples,
+            self._dense(problem.region),
         )  # fmt: skip
+
+    def _dense(self, region: Region) -> dict[str, Tensor]:
+        """The dense program's tensors that a region reads, where it has to be computed with."""
+        if self._settings.solver != "paper":
+            return {}
+        sources = {source for node in region.nodes for source in node.all_input_nodes}
+        names = {str(source.target) for source in sources if source.op == "get_attr"}
+        return {name: self._large.program.tensor(name).detach() for name in names}
 
     def _batch(self, problem: _Problem, number: int) -> tuple[Values, list[Tensor]]:
         """The values before the region, and those it is to reach, for one batch."""
@@ -136,18 +156,15 @@ class Reconstruction:
         return self._small.frontier(number), wanted
 
 
-def _peak() -> int:
-    """The most memory that the process has had, in bytes."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on Linux
-
-
 def _plan(
-    program: Program, dense: Program, lookahead: int
+    program: Program, dense: Program, lookahead: int, chosen: Callable[[str], bool] | None
 ) -> tuple[tuple[_Problem, ...], tuple[Declined, ...]]:
     usable = comparable(program, dense)
     named = {node.name: node for node in dense.graph.nodes}
     problems, declined = [], []
     for layer in layers(program):
+        if chosen is not None and not chosen(layer.weight):
+            continue
         features = program.tensor(layer.weight)[0].numel()
         if features > MOST_FEATURES and not lookahead:
             reason = f"its outputs have {features:,} weights each, which is too large a system"

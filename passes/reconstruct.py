@@ -27,6 +27,7 @@ readers other than layers, are left alone.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +38,7 @@ from fxprune.data import batches
 from fxprune.errors import InputError
 from fxprune.evaluate import fixed_batch
 from fxprune.facts import MASKS, REMOVED
-from fxprune.lookahead import Curvature
+from fxprune.lookahead import Curvature, Solver
 from fxprune.menders import Settings
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
 from fxprune.program import Program
@@ -63,7 +64,12 @@ class Reconstruct(Pass):
         cg_steps: of conjugate gradients per Newton step, at most.
         damping: added to the curvature, relative to what it is along the gradient.
         tolerance: where conjugate gradients end, relative to the gradient.
-        memory_gib: activations kept in memory at most; the rest lies on disk.
+        solver: ``own``, or ``paper``: no first round, later layers are dense, weights change alone,
+            sums of squares are not weighed, conjugate gradients are not preconditioned, and every
+            step has gradient, curvature and line search on a batch of its own.
+        memory_gib: for activations. Half is for those on their way through the programs, and what
+            is more lies on disk; half for what is computed with, and batches shrink to fit it.
+        only: name patterns of the weights or modules to mend; empty for all.
 
     """
 
@@ -78,7 +84,9 @@ class Reconstruct(Pass):
     cg_steps: int = 10
     damping: float = 1e-3
     tolerance: float = 1e-3
-    memory_gib: float = 2.0
+    solver: Solver = "own"
+    memory_gib: float = 4.0
+    only: tuple[str, ...] = ()
 
     name: ClassVar[str] = "reconstruct"
     keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS})
@@ -87,12 +95,15 @@ class Reconstruct(Pass):
         """Re-fit; changes counts layers."""
         if context.dense is None:
             raise InputError("reconstruct needs the dense model; set Context.dense")
+        if self.solver == "paper":
+            self._check(program)
         program.eval()
-        dense = context.dense.copy().eval().to(context.device)
+        dense = _placed(context.dense, context.device).eval()
         details: dict[str, Any] = {}
         changed: set[str] = set()
         with placed(program, context.device), torch.no_grad():
-            for lookahead in (0, *[self.lookahead] * self.rounds * (self.lookahead > 0)):
+            ahead = [self.lookahead] * self.rounds * (self.lookahead > 0)
+            for lookahead in ahead if self.solver == "paper" else (0, *ahead):
                 mended, skips, told = self._round(program, dense, context, lookahead)
                 changed |= {layer.layer for layer in mended if layer.after < layer.before}
                 told["layers"] = [asdict(layer) for layer in mended]
@@ -102,33 +113,55 @@ class Reconstruct(Pass):
                     details |= told
         return Outcome(len(changed), skips, details)
 
+    def _check(self, program: Program) -> None:
+        if not self.lookahead:
+            raise InputError("solver=paper looks ahead; give lookahead=20, say")
+        removed = program.facts.get(REMOVED.name)
+        if removed is not None and any(removed.kept.values()):
+            raise InputError("solver=paper is for masks: dense later layers do not fit what is cut")
+
     def _round(
         self, program: Program, dense: Program, context: Context, lookahead: int
     ) -> tuple[list[Mended], tuple[Skip, ...], dict[str, Any]]:
         """Mend every layer once."""
         settings = Settings(
             self.ridge, self.held_out, lookahead, self.curvature, self.steps, self.cg_steps,
-            self.damping, self.tolerance,
+            self.damping, self.tolerance, self.solver,
         )  # fmt: skip
-        with Store(int(self.memory_gib * GIB)) as store:
-            task = Reconstruction(program, dense, settings, store, context.device)
-            total = self._enter(task, context, fixed_batch(program)) if len(task) else 0
+        half = int(self.memory_gib * GIB / 2)
+        with Store(half) as store:
+            task = Reconstruction(program, dense, settings, store, context.device, self._chosen)
+            size = fixed_batch(program) or min(self.batch_size, task.most_samples(half))
+            total = self._enter(task, context, size, program) if len(task) else 0
             text = f"looking {lookahead} operations ahead" if lookahead else "reconstructing"
             work = context.progress.track(task.mend(), text, len(task))
             mended = [layer for layer in work if layer is not None]
         told = {
             "samples": total,
+            "batch_size": size,
             "activations_gib": round(store.peak / GIB, 3),
             "spilled_gib": round(store.spilled / GIB, 3),
         }
         skips = tuple(Skip(layer.node, layer.reason) for layer in task.declined)
         return mended, skips, told
 
-    def _enter(self, task: Reconstruction, context: Context, fixed: int | None) -> int:
+    def _chosen(self, weight: str) -> bool:
+        names = weight, weight.rpartition(".")[0]
+        return not self.only or any(fnmatchcase(name, glob) for name in names for glob in self.only)
+
+    def _enter(self, task: Reconstruction, context: Context, size: int, program: Program) -> int:
         """Hand over the samples; returns how many."""
         samples = context.samples.calibration
-        total, size = min(self.samples, len(samples)), fixed or self.batch_size
-        total = max(total - total % size, size) if fixed else total
+        total = min(self.samples, len(samples))
+        if fixed_batch(program):
+            total = max(total - total % size, size)
         for batch in batches(samples, size, seed=context.seed, limit=total, device=context.device):
             task.enter(batch.inputs)
         return total
+
+
+def _placed(program: Program, device: str) -> Program:
+    """Copy a program to a device; what is there already is shared."""
+    first = next(iter(program.graph_module.parameters()), None)
+    there = first is None or first.device == torch.empty(0, device=device).device
+    return program.copy(share=there).to(device)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fxprune.leastsquares
 from fxprune.leastsquares import Moments, solve
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -84,3 +85,19 @@ def test_loss_and_best_step_against_the_residuals() -> None:
     for step in (-0.01, 0.01):
         moved = (size + step).clamp(0, 1)
         assert bool((loss(moved) >= loss(size) - 1e-9).all())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_masked_systems_are_solved_stepwise(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, r = problem(features=24, outputs=6, n=200)
+    x = x.cumsum(1)  # far from independent
+    keep = torch.rand(2, 6, 24, generator=GENERATOR) > 0.5
+    keep[0, 0] = False
+    found = [solve(moments(x, r), 1e-3, bias=bias, keep=keep)]
+    monkeypatch.setattr(fxprune.leastsquares, "DIRECT", 0)
+    found.append(solve(moments(x, r), 1e-3, bias=bias, keep=keep))
+    assert not found[1][0][~keep].any()
+    for exact, near in zip(*found, strict=True):
+        torch.testing.assert_close(near, exact, rtol=0, atol=1e-2 * float(exact.abs().max()))

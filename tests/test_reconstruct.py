@@ -223,3 +223,49 @@ def test_too_large_systems_are_declined(monkeypatch: pytest.MonkeyPatch) -> None
     program, context = given(linear(), torch.randn(50, 6))
     (skip,) = Reconstruct()(program, context).skips
     assert "6 weights each" in skip.reason
+
+
+def test_only_what_is_named_is_mended() -> None:
+    program, context = given(Net())
+    Sparsify(pattern="uniform", sparsity=0.6)(program, context)
+    before = {name: t.clone() for name, t in program.graph_module.state_dict().items()}
+    outcome = Reconstruct(samples=64, only=("plain", "head.*"))(program, context)
+    assert outcome.details is not None
+    told = [layer["layer"] for layer in outcome.details["layers"]]
+    assert told == ["plain.weight", "head.weight"]
+    after = program.graph_module.state_dict()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed <= {"plain.weight", "plain.bias", "head.weight", "head.bias"}
+
+
+def test_batches_shrink_to_the_memory() -> None:
+    sizes = []
+    for memory in (4.0, 2e-3, 0.0):
+        program, context = given(Net())
+        Sparsify(pattern="uniform", sparsity=0.6)(program, context)
+        step = Reconstruct(samples=32, lookahead=3, steps=1, only=("mix",), memory_gib=memory)
+        outcome = step(program, context)
+        assert outcome.details is not None
+        (told,) = outcome.details["lookahead"]
+        assert told["samples"] == 32
+        sizes.append(told["batch_size"])
+    assert sizes[0] == 128 > sizes[1] > sizes[2] == 1
+
+
+def test_the_settings_of_the_paper() -> None:
+    program, context = given(Net())
+    Sparsify(pattern="uniform", sparsity=0.6)(program, context)
+    torn, before = apart(program, context), program.graph_module.state_dict()
+    paper = Reconstruct(lookahead=8, solver="paper", curvature="newton", batch_size=100, steps=4)
+    outcome = paper(program, context)
+    assert apart(program, context) < 0.8 * torn
+    assert outcome.details is not None
+    assert "layers" not in outcome.details  # there is no round of least squares
+    for name, tensor in program.graph_module.state_dict().items():
+        if name not in program.get(MASKS).keep:
+            assert torch.equal(tensor, before[name])
+    removed(program, "stem.weight", [0])
+    with pytest.raises(InputError, match="for masks"):
+        paper(program, context)
+    with pytest.raises(InputError, match="lookahead=20"):
+        Reconstruct(solver="paper")(program, context)
