@@ -4,9 +4,11 @@
     python -m tools.snows_study --out DIR --table                    # what has been measured so far
 
 Per network and task: the accuracy on held-out images as cut or masked, with batch norms
-recalibrated, with layers solved for by least squares, and with a look ahead; for several draws of
-the calibration images. No labels are used. Every figure is a file in the output folder; what is
-there is not measured again.
+recalibrated, with layers solved for by least squares, and with a look ahead; on masks, also by the
+settings of arXiv 2411.18376, as they come out and with batch norms recalibrated after them. For
+several draws of the calibration images, the same for every way. No labels are used. Every figure is
+a file in the output folder; what is there is not measured again. The paper's settings take longest,
+and are measured a few layers at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file, save_file
 
 from fxprune import cost
+from fxprune.context import Context
+from fxprune.facts import MASKS as MASKED
 from fxprune.passes import (
     AnnotateSensitivity,
     PlanChannels,
@@ -30,6 +35,8 @@ from fxprune.passes import (
     RemoveChannels,
     Sparsify,
 )
+from fxprune.program import Program
+from fxprune.surgery import set_tensor
 from tools.rank_study import Study
 from tools.study_models import NETWORKS
 
@@ -39,24 +46,36 @@ MASKS = {
     "2:4": {"pattern": "2:4"},
     "unstructured 70%": {"pattern": "unstructured", "sparsity": 0.7, "cap": 0.8},
 }
+SEEDS = 20  # draws that a table looks for
 BUDGETS = ("macs=70%", "macs=50%")
 PROTECT = {
     "resnet20": ("conv1", "linear"),
     "resnet56": ("conv1", "linear"),
     "mobilenet_v2": ("features.0.0", "classifier.1"),
 }
-LADDER = ("cut", "recalibrated", "least squares", "look ahead")
+LADDER = ("cut", "recalibrated", "least squares", "look ahead", "paper", "paper, recalibrated")
+TIMED = ("least squares", "look ahead", "paper")
+# What is known of the paper's settings: exact curvature, the look ahead, and the most steps of
+# conjugate gradients. Damping and tolerance are those of the pass, one step per batch its length.
+AHEAD = {"resnet20": 20, "resnet56": 30, "mobilenet_v2": 30}
+PAPER = Reconstruct(solver="paper", curvature="newton", steps=8, cg_steps=500, held_out=0.0)
+
+
+def prepared(study: Study, task: str, seed: int) -> tuple[Program, Context]:
+    """Return the network masked or cut, and what its recovery may use."""
+    program, context = study.program.copy(), study.context(seed)
+    if task in MASKS:
+        Sparsify(**MASKS[task], protect=PROTECT[study.out.name])(program, context)  # type: ignore[arg-type]
+        return program, context
+    AnnotateSensitivity()(program, context)
+    PlanChannels(macs=task.partition("=")[2])(program, context)
+    RemoveChannels()(program, context)
+    return program, context
 
 
 def ladder(study: Study, task: str, seed: int, recovery: Reconstruct) -> dict[str, Any]:
     """Measure the accuracy after every step of the recovery, and the time that it takes."""
-    program, context = study.program.copy(), study.context(seed)
-    if task in MASKS:
-        Sparsify(**MASKS[task], protect=PROTECT[study.out.name])(program, context)  # type: ignore[arg-type]
-    else:
-        AnnotateSensitivity()(program, context)
-        PlanChannels(macs=task.partition("=")[2])(program, context)
-        RemoveChannels()(program, context)
+    program, context = prepared(study, task, seed)
     found: dict[str, Any] = {"cut": study.correct(program)}
     found["macs"] = cost(program).macs / cost(study.program).macs
     RecalibrateNorms()(program, context)
@@ -71,6 +90,38 @@ def ladder(study: Study, task: str, seed: int, recovery: Reconstruct) -> dict[st
     return found
 
 
+def published(study: Study, task: str, seed: int, way: Reconstruct, at_once: int) -> None:
+    """Mend masks by the paper's settings, some layers per piece, and measure what it came to."""
+    program, context = prepared(study, task, seed)
+    weights = [node for node in map(str, _in_order(program)) if node in program.get(MASKED).keep]
+    name, seconds = f"{_slug(task)}-{seed}-paper", 0.0
+    for start in range(0, len(weights), at_once):
+        part = tuple(weights[start : start + at_once])
+        stored = study.out / f"{name}-{start}.safetensors"
+
+        def mend(part: tuple[str, ...] = part, stored: Path = stored) -> dict[str, Any]:
+            begun = time.perf_counter()
+            outcome = replace(way, only=part)(program, context)
+            taken = time.perf_counter() - begun
+            save_file({name: program.tensor(name).detach() for name in part}, stored)
+            return {"seconds": taken, "details": outcome.details}
+
+        seconds += study.piece(f"{name}-{start}", mend)["seconds"]
+        for weight, value in load_file(stored).items():
+            set_tensor(program, weight, value)
+
+    def measure() -> dict[str, Any]:
+        found = {"paper, seconds": seconds, "paper": study.correct(program)}
+        RecalibrateNorms()(program, context)
+        return {**found, "paper, recalibrated": study.correct(program)}
+
+    study.piece(name, measure)
+
+
+def _in_order(program: Program) -> Iterator[Any]:
+    return (node.target for node in program.tensor_nodes())
+
+
 def table(out: Path) -> Iterator[str]:
     """Yield the lines of a Markdown table per network: mean and spread over draws, in percent."""
     for folder in sorted(path for path in out.iterdir() if path.is_dir()):
@@ -79,16 +130,22 @@ def table(out: Path) -> Iterator[str]:
         yield f"| task | {' | '.join(LADDER)} | seconds | draws |"
         yield "|---" * (len(LADDER) + 3) + "|"
         for task in (*MASKS, *BUDGETS):
-            files = sorted(folder.glob(f"{_slug(task)}-*.json"))
-            found = [json.loads(path.read_text()) for path in files]
+            found = [each for seed in range(SEEDS) if (each := _measured(folder, task, seed))]
             if not found:
                 continue
-            cells = [_spread([100 * each[name] for each in found]) for name in LADDER]
-            seconds = [
-                f"{np.mean([each[f'{name}, seconds'] for each in found]):.0f}"
-                for name in LADDER[2:]
+            cells = [
+                _spread([100 * each[name] for each in found if name in each]) for name in LADDER
             ]  # fmt: skip
+            times = [[each.get(f"{name}, seconds") for each in found] for name in TIMED]
+            seconds = [f"{np.mean([t for t in each if t]):.0f}" for each in times if any(each)]
             yield f"| {task} | {' | '.join(cells)} | {', '.join(seconds)} | {len(found)} |"
+
+
+def _measured(folder: Path, task: str, seed: int) -> dict[str, Any]:
+    """What has been measured on one draw."""
+    files = [folder / f"{_slug(task)}-{seed}{which}.json" for which in ("", "-paper")]
+    parts = [json.loads(path.read_text()) for path in files if path.exists()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _slug(task: str) -> str:
@@ -96,6 +153,8 @@ def _slug(task: str) -> str:
 
 
 def _spread(values: list[float]) -> str:
+    if not values:
+        return "not measured"
     mean = f"{np.mean(values):.2f}"
     return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
@@ -111,6 +170,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--lookahead", type=int, default=12)
     parser.add_argument("--evaluated", type=int, default=10_000)
+    parser.add_argument("--ways", nargs="*", choices=("ours", "paper"), default=("ours", "paper"))
+    parser.add_argument("--cg-steps", type=int, default=PAPER.cg_steps, help="of the paper's way")
+    parser.add_argument("--at-once", type=int, default=3, help="layers per piece, likewise")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.network and options.folder:
@@ -118,13 +180,21 @@ def main() -> None:
         network = replace(NETWORKS[options.network], evaluated=options.evaluated)
         study = replace(study, network=network)
         study.piece("dense", lambda: study.correct(study.program))
-        recovery = Reconstruct(samples=options.samples, lookahead=options.lookahead)
         for seed in range(options.seeds):
             for task in options.tasks:
-                name = f"{_slug(task)}-{seed}"
-                study.piece(name, lambda t=task, s=seed: ladder(study, t, s, recovery))  # type: ignore[misc]
+                _measure(study, task, seed, options)
     if options.table:
         print("\n".join(table(options.out)))
+
+
+def _measure(study: Study, task: str, seed: int, options: argparse.Namespace) -> None:
+    recovery = Reconstruct(samples=options.samples, lookahead=options.lookahead)
+    if "ours" in options.ways:
+        study.piece(f"{_slug(task)}-{seed}", lambda: ladder(study, task, seed, recovery))
+    if "paper" in options.ways and task in MASKS:
+        ahead = AHEAD[study.out.name]
+        way = replace(PAPER, samples=options.samples, lookahead=ahead, cg_steps=options.cg_steps)
+        published(study, task, seed, way, options.at_once)
 
 
 if __name__ == "__main__":
