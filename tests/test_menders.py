@@ -47,7 +47,7 @@ def site(batches: int = 2, *, masked: bool = True) -> tuple[Program, Site]:
             program.tensor("0.weight").mul_(keep)
     judged = range(batches - 1, batches) if batches > 1 else range(1)
     fitted = range(max(batches - 1, 1))
-    return program, Site(program, region, {"0.weight": keep}, batch, fitted, judged, later)
+    return program, Site(program, region, {"0.weight": keep}, batch, fitted, judged, dense=later)
 
 
 def slope(program: Program, place: Site, *, weighed: bool) -> float:
