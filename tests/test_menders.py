@@ -57,7 +57,7 @@ def slope(program: Program, place: Site, *, weighed: bool) -> float:
     with torch.enable_grad():
         values = place.region.run(program, frontier, {"0.weight": weight})
         parts = [
-            (values[node] - value).square().sum() / (value.square().mean() if weighed else 1)
+            (values[node] - value).square().sum() / (value.square().sum() if weighed else 1)
             for node, value in zip(place.region.outputs, wanted, strict=True)
         ]
         (found,) = torch.autograd.grad(torch.stack(parts).sum(), weight)

@@ -146,7 +146,7 @@ def test_activations_may_lie_on_disk() -> None:
     for memory in (2.0, 0.0):
         program, context = given(Net())
         removed(program, "stem.weight", [0, 3, 5])
-        outcome = Reconstruct(samples=16, batch_size=1, memory_gib=memory)(program, context)
+        outcome = Reconstruct(samples=64, batch_size=1, memory_gib=memory)(program, context)
         assert outcome.details is not None
         assert (outcome.details["spilled_gib"] > 0) == (memory == 0)
         results.append(program(X))
