@@ -49,7 +49,8 @@ class Convolution(Block):
                 first, self.width, 3, padding=1, groups=groups
             )
         else:
-            groups = groups if step.kind == "depthwise" else min(groups, 2 + 2 * (step.second % 2))
+            if step.kind == "grouped":  # by offset or whole, whichever is finer
+                groups = math.gcd(groups, 2 + 2 * (step.second % 2))
             self.layer = nn.Conv2d(first, self.width, side, padding=side // 2, groups=groups)
 
     def forward(self, x: Tensor, _: Tensor) -> Tensor:
