@@ -22,6 +22,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import PostconditionError
+from fxprune.onnx_trim import trim
 from fxprune.program import Program
 from fxprune.quantization_onnx import (
     GLOBAL_AVERAGE,
@@ -117,22 +118,8 @@ def _write(program: Program, path: Path) -> None:
         custom_translation_table=dict(TRANSLATIONS),
     )
     assert onnx_program is not None
-    _strip(onnx_program.model)
+    trim(onnx_program.model)
     onnx_program.save(str(path), external_data=weights > ONE_FILE_LIMIT)
-
-
-def _strip(model: Any) -> None:
-    """Drop notes on where nodes come from and the types between them, which readers infer."""
-    kept = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-    for node in model.graph:
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if id(value) not in kept:
-                value.shape = value.type = None
-    for value in model.graph.initializers.values():
-        value.metadata_props.clear()
 
 
 def _doubled(program: Program) -> tuple[tuple[Any, ...], Any]:

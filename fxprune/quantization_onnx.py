@@ -43,10 +43,14 @@ def _(x: Tensor) -> Tensor:
 
 
 def _quantize(x: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+    if axis == -1:  # one scale in all
+        return op.QuantizeLinear(x, scale, zero_point)
     return op.QuantizeLinear(x, scale, zero_point, axis=axis)
 
 
 def _dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+    if axis == -1:
+        return op.DequantizeLinear(codes, scale, zero_point)
     return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
 
