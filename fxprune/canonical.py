@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.calls import argument
 from fxprune.parametrisation import fold_parametrisations
 from fxprune.program import Program
 from fxprune.surgery import insert_call, replace_node
@@ -28,6 +29,7 @@ def canonicalise(program: Program) -> None:
     _spell_plainly(program)
     fold_parametrisations(program)
     program.refresh()
+    _spell_copies(program)
     _spell_splits_by_sizes(program.graph)
 
 
@@ -103,6 +105,22 @@ def _spell_shuffle(program: Program, node: fx.Node) -> None:
 COPIES = (aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default)
 
 
+def _spell_copies(program: Program) -> None:
+    """What is copied over a whole value stands for it: ``aten.copy`` has no derivative."""
+    for node in list(program.graph.nodes):
+        if node.target is not aten.copy.default:
+            continue
+        target, value = node.args[:2]
+        made, given = node.meta["val"], value.meta["val"]
+        if given.shape != made.shape:
+            rows = insert_call(program, node, aten.sym_size.int, (target, 0))
+            sizes = [rows, *made.shape[1:]]
+            value = insert_call(program, node, aten.expand.default, (value, sizes))
+        if given.dtype != made.dtype:
+            value = insert_call(program, node, aten.to.dtype, (value, made.dtype))
+        replace_node(program, node, value)
+
+
 def _spell_splits_by_sizes(graph: fx.Graph) -> None:
     """``chunk`` and ``split`` by one size become ``split_with_sizes``, which names every size.
 
@@ -116,8 +134,7 @@ def _spell_splits_by_sizes(graph: fx.Graph) -> None:
         if node.target not in splits:
             continue
         operand = node.args[0]
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-        dim %= operand.meta["val"].dim()
+        dim = argument(node, "dim") % operand.meta["val"].dim()
         if dim == 0 and operand in activations:
             continue
         node.target = aten.split_with_sizes.default

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxprune.calls import packet_of
 from fxprune.groups import Analysis, Group, analyse
 from fxprune.labels import Labels
 from fxprune.macs import MACS, Place, every_dimension
@@ -92,7 +93,7 @@ def terms(program: Program) -> Iterator[Term]:
         yield Term("weight_bytes", node, float(tensor.element_size()), places)
     batch = batch_of(program)
     for node in program.graph.nodes:
-        rule = MACS.get(getattr(node.target, "overloadpacket", None))
+        rule = MACS.get(packet_of(node))
         for places in rule(node) if rule else ():
             yield Term("macs", node, 1.0 / batch, places)
 

@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from fxprune.calls import arguments
 from fxprune.errors import PostconditionError
 from fxprune.onnx_trim import trim
 from fxprune.program import Program
@@ -203,24 +204,21 @@ def _spell_averages(program: Program) -> None:
 
 
 def _spell_one(program: Program, node: fx.Node) -> None:
-    query, key, value = node.args[:3]
-    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    causal = node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False)
-    assert isinstance(query, fx.Node)
-    assert isinstance(key, fx.Node)
+    given = arguments(node)
+    query, key, value, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
     shape, keys = query.meta["val"].shape, key.meta["val"].shape
-    scale = node.kwargs.get("scale")
+    scale = given["scale"]
     scale = 1 / math.sqrt(shape[-1]) if scale is None else scale
 
     def call(target: Any, *args: Any) -> fx.Node:
         return insert_call(program, node, target, args)
 
-    if node.kwargs.get("enable_gqa") and shape[-3] != keys[-3]:
+    if given["enable_gqa"] and shape[-3] != keys[-3]:
         times = shape[-3] // keys[-3]
         key, value = (call(aten.repeat_interleave.self_int, x, times, -3) for x in (key, value))
     scores = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1))
     scores = call(aten.mul.Tensor, scores, scale)
-    if causal:
+    if given["is_causal"]:
         allowed = torch.ones(shape[-2], keys[-2], dtype=torch.bool).tril()
         blocked = torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf)
         name = f"causal_mask_{node.name}"

@@ -130,16 +130,6 @@ class Flow:
 
     # What rules call.
 
-    def arguments(self, node: fx.Node) -> dict[str, Any]:
-        """Return a call's arguments by their schema names, defaults filled in."""
-        bound = {
-            argument.name: argument.default_value if argument.has_default_value() else None
-            for argument in node.target._schema.arguments  # type: ignore[union-attr]
-        }
-        bound.update(zip(bound, node.args, strict=False))
-        bound.update(node.kwargs)
-        return bound
-
     def labels(self, value: Any) -> Labels:
         """Return the labels of an argument; anything but a tensor has none."""
         if isinstance(value, fx.Node):

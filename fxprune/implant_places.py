@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxprune.calls import arguments
 from fxprune.errors import InputError
 from fxprune.facts import Slot
 from fxprune.groups import Group
-from fxprune.implants import Site, arguments, site_of
+from fxprune.implants import Site, site_of
 from fxprune.permutation import permute_units
 from fxprune.pipeline import Skip
 from fxprune.program import Program

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.implants import Implant, Site, Stage, arguments
+from fxprune.calls import arguments
+from fxprune.implants import Implant, Site, Stage
 from fxprune.program import Program, shape_of
 from fxprune.surgery import (
     drop_unused,

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import arguments, packet_of, paddings, spread
 from fxprune.errors import InputError
 from fxprune.program import Program, shape_of
 
@@ -149,7 +150,7 @@ class Site:
 
 def site_of(program: Program, node: fx.Node) -> Site | str:
     """Describe a call as a site, or say why it cannot be one."""
-    packet: Any = getattr(node.target, "overloadpacket", None)
+    packet = packet_of(node)
     if packet not in OPERATORS:
         return f"{node.target} has no implants"
     given = arguments(node)
@@ -165,32 +166,18 @@ def site_of(program: Program, node: fx.Node) -> Site | str:
     if given["groups"] != 1:
         return "it has groups, and its outputs read few channels already"
     kernel = shape_of(weight)[2:]
-    stride, dilation = (_each(given[name], kernel) for name in ("stride", "dilation"))
-    padding = given["padding"]
-    if padding == "same":
-        if not all(size % 2 for size in kernel):
-            return "its padding is not the same on both sides"
-        padding = [d * (size - 1) // 2 for d, size in zip(dilation, kernel, strict=True)]
-    padding = [0] if padding == "valid" else padding
-    return Site(node, *names, shape_of(weight)[1], kernel, stride, _each(padding, kernel), dilation)
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """Return a call's arguments by their schema names, defaults filled in."""
-    formal = node.target._schema.arguments  # type: ignore[union-attr]
-    bound = {item.name: item.default_value if item.has_default_value() else None for item in formal}
-    return {**bound, **dict(zip(bound, node.args, strict=False)), **node.kwargs}
+    stride, dilation = (spread(given[name], len(kernel)) for name in ("stride", "dilation"))
+    around = paddings(given["padding"], kernel, dilation)
+    if any(before != after for before, after in around):
+        return "its padding is not the same on both sides"
+    padding = tuple(before for before, _ in around)
+    return Site(node, *names, shape_of(weight)[1], kernel, stride, padding, dilation)
 
 
 def _aliases(program: Program, weight: fx.Node) -> int:
     tensor = program.tensor(str(weight.target))
     nodes = (node for node in program.tensor_nodes() if node.users)
     return sum(program.tensor(str(node.target)) is tensor for node in nodes)
-
-
-def _each(value: Any, kernel: tuple[int, ...]) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return values if len(values) == len(kernel) else values * len(kernel)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import argument, packet_of, paddings, spread
 from fxprune.macs import MACS, Place
 from fxprune.program import Program, shape_of
 
@@ -58,7 +59,7 @@ def layers(program: Program, batch: int) -> Iterator[Layer]:
 
 def layers_of(node: fx.Node, batch: int) -> Iterator[Layer]:
     """Yield the layers that one node stands for."""
-    rule = _RULES.get(getattr(node.target, "overloadpacket", None))
+    rule = _RULES.get(packet_of(node))
     if rule is not None:
         yield from rule(node, batch)
 
@@ -66,54 +67,31 @@ def layers_of(node: fx.Node, batch: int) -> Iterator[Layer]:
 def others(program: Program) -> Iterator[fx.Node]:
     """Yield the nodes that compute a tensor at some cost and are no layers."""
     for node in program.graph.nodes:
-        packet = getattr(node.target, "overloadpacket", None)
+        packet = packet_of(node)
         if node.op != "call_function" or packet is None or packet in FREE or packet in _RULES:
             continue
         if isinstance(node.meta.get("val"), Tensor):
             yield node
 
 
-def _argument(node: fx.Node, name: str) -> Any:
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(name, argument.default_value)
-    return None
-
-
-def _numbers(value: Any, rank: int) -> tuple[int, ...]:
-    """Spread a number, or a list of one, over the spatial dimensions."""
-    items = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return items * rank if len(items) == 1 else items
-
-
 def _convolution(node: fx.Node, batch: int) -> Iterator[Layer]:
-    source, weight = _argument(node, "input"), _argument(node, "weight")
+    source, weight = argument(node, "input"), argument(node, "weight")
     shape = shape_of(source)
     rank = len(shape_of(weight)) - 2
     kernel = shape_of(weight)[2:]
     transposed = "transpose" in str(node.target)
-    dilation = _numbers(_argument(node, "dilation"), rank)
-    padding = _padding(_argument(node, "padding"), kernel, dilation)
-    extra = _numbers(_argument(node, "output_padding") if transposed else 0, rank)
-    stride = _numbers(_argument(node, "stride"), rank)
+    dilation = spread(argument(node, "dilation"), rank)
+    starts, ends = zip(*paddings(argument(node, "padding"), kernel, dilation), strict=True)
+    extra = spread(argument(node, "output_padding") if transposed else 0, rank)
+    stride = spread(argument(node, "stride"), rank)
     channels = len(shape) - rank - 1  # zero where the input has no batch
-    geometry = (*shape[channels + 1 :], *kernel, *stride, *padding, *dilation, *extra)
+    geometry = (*shape[channels + 1 :], *kernel, *stride, *starts, *ends, *dilation, *extra)
     places = ((source, channels), (node, channels), (weight, 1))
     yield Layer("conv-transpose" if transposed else "conv", geometry, places)
 
 
-def _padding(given: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
-    """Return paddings as ONNX lists them: all starts, then all ends."""
-    if given == "same":
-        total = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
-        return (*(pad // 2 for pad in total), *(pad - pad // 2 for pad in total))
-    return _numbers(0 if given == "valid" else given, len(kernel)) * 2
-
-
 def _linear(node: fx.Node, batch: int) -> Iterator[Layer]:
-    weight = _argument(node, "weight")
+    weight = argument(node, "weight")
     rows = node.meta["val"].numel() // shape_of(node)[-1]
     yield Layer("linear", (), (_single(rows, batch), (weight, 1), (weight, 0)))
 

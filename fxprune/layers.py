@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from fxprune.calls import argument, packet_of, paddings, spread
 from fxprune.program import Program
 
 aten = torch.ops.aten
@@ -41,22 +41,7 @@ class Layer:
     @property
     def fits(self) -> bool:
         """Whether ``blocks`` can be had: not of transposed convolutions."""
-        return packet(self.node) not in TRANSPOSED
-
-
-def packet(node: fx.Node) -> Any:
-    """Return the operator that a node calls, whichever overload."""
-    return getattr(node.target, "overloadpacket", None)
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """Return an argument of a call by its name in the operator's schema, or its default."""
-    for position, formal in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if formal.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(name, formal.default_value)
-    raise KeyError(name)
+        return packet_of(self.node) not in TRANSPOSED
 
 
 def layers(program: Program) -> tuple[Layer, ...]:
@@ -76,7 +61,7 @@ def _layers(program: Program) -> Iterator[Layer]:
     found = []
     for key, users in readers.items():
         calls = sorted(set(users), key=order.__getitem__)
-        if not all(packet(call) in kinds for call in calls):
+        if not all(packet_of(call) in kinds for call in calls):
             continue
         weights = [argument(call, "weight") for call in calls]
         tensors = [program.tensor(str(w.target)) for w in weights if w.op == "get_attr"]
@@ -98,7 +83,7 @@ def _bias(program: Program, calls: list[fx.Node], readers: dict[int, list[fx.Nod
 
 def channel_axis(node: fx.Node) -> int:
     """Return the dimension of a call's value that counts its outputs."""
-    if packet(node) is aten.linear:
+    if packet_of(node) is aten.linear:
         return -1
     dims: int = argument(node, "weight").meta["val"].dim()
     return 1 - dims
@@ -121,7 +106,7 @@ def blocks(
         groups x outputs per group x positions: the call's value.
 
     """
-    if packet(node) is aten.linear:
+    if packet_of(node) is aten.linear:
         if some is not None and value.dim() > 2:
             rows = some.draw(value.shape[1], value[0, 0, ..., 0].numel())
             value, output = value[:, rows], output[:, rows]
@@ -168,8 +153,9 @@ def _per(sample: Tensor, times: int = 1) -> int:
 def _features(node: fx.Node, value: Tensor, kernel: torch.Size, rows: Tensor | slice) -> Tensor:
     """Spread a convolution's input: groups x features x positions."""
     dims, groups = len(kernel), argument(node, "groups")
-    stride, dilation = (_each(argument(node, name), dims) for name in ("stride", "dilation"))
-    value = F.pad(value, _padding(argument(node, "padding"), kernel, dilation))
+    stride, dilation = (spread(argument(node, name), dims) for name in ("stride", "dilation"))
+    around = paddings(argument(node, "padding"), kernel, dilation)
+    value = F.pad(value, [size for pair in reversed(around) for size in pair])
     sizes = zip(kernel, stride, dilation, strict=True)
     for dim, (size, step, apart) in enumerate(sizes, start=2):
         value = value.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
@@ -177,30 +163,13 @@ def _features(node: fx.Node, value: Tensor, kernel: torch.Size, rows: Tensor | s
             value = value[:, :, rows]
     last = range(2 + dims, 2 + 2 * dims)
     # channels, kernel, batch, positions
-    spread: Tensor = value.permute(1, *last, 0, *range(2, 2 + dims))
-    found: Tensor = spread.flatten(1 + dims).flatten(0, dims).unflatten(0, (groups, -1))
+    laid: Tensor = value.permute(1, *last, 0, *range(2, 2 + dims))
+    found: Tensor = laid.flatten(1 + dims).flatten(0, dims).unflatten(0, (groups, -1))
     return found
-
-
-def _each(value: Any, dims: int) -> list[int]:
-    values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return values if len(values) == dims else values * dims
-
-
-def _padding(padding: Any, sizes: Any, dilation: list[int]) -> list[int]:
-    """Padding as ``F.pad`` takes it: last dimension first, before and after."""
-    if padding == "valid":
-        pairs = [(0, 0) for _ in sizes]
-    elif padding == "same":
-        whole = [d * (size - 1) for d, size in zip(dilation, sizes, strict=True)]
-        pairs = [(total // 2, total - total // 2) for total in whole]
-    else:
-        pairs = [(size, size) for size in _each(padding, len(sizes))]
-    return [size for pair in reversed(pairs) for size in pair]
 
 
 def weight_rows(node: fx.Node, weight: Tensor) -> Tensor:
     """Spread a weight: groups x outputs per group x features."""
-    groups: int = 1 if packet(node) is aten.linear else argument(node, "groups")
+    groups: int = 1 if packet_of(node) is aten.linear else argument(node, "groups")
     found: Tensor = weight.flatten(1).unflatten(0, (groups, -1))
     return found

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxprune.activations import Values
-from fxprune.layers import argument, packet
+from fxprune.calls import argument, packet_of
 from fxprune.newton import Product, Vector, along
 from fxprune.program import Program
 from fxprune.region import Region, affine_tail
@@ -165,7 +165,7 @@ def variables(program: Program, region: Region) -> tuple[str, ...]:
     found = []
     for call in layer.calls:
         tail = affine_tail(call)
-        if len(tail) < 2 or packet(tail[1]) is not aten.batch_norm:
+        if len(tail) < 2 or packet_of(tail[1]) is not aten.batch_norm:
             return (layer.weight,)
         shift: Any = argument(tail[1], "bias")
         if not isinstance(shift, fx.Node) or len(shift.users) > 1:

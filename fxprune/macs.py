@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.calls import argument
 from fxprune.program import shape_of
 
 aten = torch.ops.aten
@@ -19,21 +20,15 @@ def every_dimension(node: fx.Node) -> tuple[Place, ...]:
     return tuple((node, dim) for dim in range(len(shape_of(node))))
 
 
-def _argument(node: fx.Node, name: str) -> Any:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    position = names.index(name)
-    return node.args[position] if position < len(node.args) else node.kwargs[name]
-
-
 def _convolution(node: fx.Node) -> list[tuple[Place, ...]]:
-    weight = _argument(node, "weight")
+    weight = argument(node, "weight")
     transposed = "transpose" in str(node.target)
-    positions = _argument(node, "input") if transposed else node
+    positions = argument(node, "input") if transposed else node
     return [(*every_dimension(positions), *every_dimension(weight)[1:])]
 
 
 def _linear(node: fx.Node) -> list[tuple[Place, ...]]:
-    return [(*every_dimension(node), (_argument(node, "weight"), len(shape_of(node.args[1])) - 1))]  # type: ignore[arg-type]
+    return [(*every_dimension(node), (argument(node, "weight"), len(shape_of(node.args[1])) - 1))]  # type: ignore[arg-type]
 
 
 def _product(first: int) -> Callable[[fx.Node], list[tuple[Place, ...]]]:

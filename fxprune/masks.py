@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fxprune.calls import packet_of
 from fxprune.errors import InputError
-from fxprune.layers import TRANSPOSED, Layer, packet
+from fxprune.layers import TRANSPOSED, Layer
 from fxprune.program import Program
 
 BLOCKED = re.compile(r"(\d+):(\d+)")
@@ -33,7 +34,7 @@ def blocks_of(pattern: str) -> tuple[int, int] | None:
 
 def input_axis(layer: Layer) -> int:
     """Return the dimension of a weight that counts inputs, those of one group if it has groups."""
-    return 0 if packet(layer.node) in TRANSPOSED else 1
+    return 0 if packet_of(layer.node) in TRANSPOSED else 1
 
 
 def blocked(weight: Tensor, axis: int, kept: int, of: int) -> Tensor:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.layers import Layer, argument, blocks, weight_rows
+from fxprune.calls import argument
+from fxprune.layers import Layer, blocks, weight_rows
 from fxprune.leastsquares import MOST_FEATURES, Moments
 from fxprune.newton import Product, Vector
 from fxprune.program import Program

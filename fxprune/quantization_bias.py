@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import argument
 from fxprune.context import Context
 from fxprune.cost import batch_of
 from fxprune.data import batches
 from fxprune.evaluate import fixed_batch
 from fxprune.program import Program
 from fxprune.quantization_ops import FAKE_QUANTIZE
-from fxprune.quantization_patterns import argument, pattern_of
+from fxprune.quantization_patterns import pattern_of
 from fxprune.surgery import set_tensor
 from fxprune.training import placed
 

@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import argument, packet_of
 from fxprune.program import Program, shape_of
 from fxprune.quantization_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE, quantize
-from fxprune.quantization_patterns import argument, is_move, origin, packet_of, pattern_of
+from fxprune.quantization_patterns import is_move, origin, pattern_of
 from fxprune.surgery import insert_call, read_tensor, replace_node, set_tensor, unused_name
 
 aten = torch.ops.aten

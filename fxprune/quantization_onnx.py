@@ -15,9 +15,9 @@ import torch
 from onnxscript import opset20 as op
 from torch import Tensor, fx
 
+from fxprune.calls import packet_of
 from fxprune.program import Program
 from fxprune.quantization_ops import DEQUANTIZE, QUANTIZE
-from fxprune.quantization_patterns import packet_of
 from fxprune.surgery import insert_call
 
 aten = torch.ops.aten

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import argument, arguments, packet_of
 from fxprune.program import Program, shape_of
 
 aten = torch.ops.aten
@@ -64,24 +65,12 @@ def pattern_of(node: fx.Node) -> Pattern | None:
     return pattern
 
 
-def packet_of(node: fx.Node) -> Any:
-    """Return the operator that a node calls, whatever its overload."""
-    return getattr(node.target, "overloadpacket", None)
-
-
-def argument(node: fx.Node, name: str, default: Any = None) -> Any:
-    """Return an argument of an operator by name, wherever it was given."""
-    names = [item.name for item in node.target._schema.arguments]  # type: ignore[union-attr]
-    position = names.index(name) if name in names else len(node.args)
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
-
-
 def _suits(node: fx.Node, pattern: Pattern) -> bool:
     if pattern.weight is not None:
         return True
     inputs = list(sources(node))
     if packet_of(node) is aten.add:
-        return len(inputs) == 2 and argument(node, "alpha", 1) == 1 and len(set(inputs)) == 2
+        return len(inputs) == 2 and argument(node, "alpha") == 1 and len(set(inputs)) == 2
     if packet_of(node) is aten.adaptive_avg_pool2d:
         return shape_of(node)[-2:] == (1, 1)
     return True
@@ -111,7 +100,8 @@ def is_move(node: fx.Node) -> bool:
     if packet_of(node) not in MOVES:
         return False
     if packet_of(node) in (aten.pad, aten.constant_pad_nd):
-        return argument(node, "mode", "constant") == "constant" and not argument(node, "value", 0)
+        given = arguments(node)
+        return given.get("mode", "constant") == "constant" and not given["value"]
     return True
 
 
@@ -124,7 +114,7 @@ def origin(node: fx.Node) -> fx.Node:
 
 def is_depthwise(node: fx.Node) -> bool:
     """Whether a layer is a convolution of each channel by itself."""
-    groups: int = argument(node, "groups", 1)
+    groups: int = arguments(node).get("groups", 1)
     return groups > 1 and shape_of(node.args[1])[1] == 1  # type: ignore[arg-type]
 
 
@@ -141,7 +131,7 @@ def _is_floor_at_zero(node: fx.Node) -> bool:
         case aten.relu | aten.relu6:
             return True
         case aten.hardtanh:
-            return bool(argument(node, "min_val", -1) == 0)
+            return bool(argument(node, "min_val") == 0)
         case aten.clamp | aten.clamp_min:
             return bool(argument(node, "min") == 0)
     return False

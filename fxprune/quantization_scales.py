@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.calls import argument, packet_of
 from fxprune.program import Program, owner_of, shape_of
 from fxprune.quantization import Site, fakes
 from fxprune.quantization_observers import HAIR
-from fxprune.quantization_patterns import argument, aten, packet_of
+from fxprune.quantization_patterns import aten
 
 SMALLEST = 1e-8
 
@@ -69,7 +70,7 @@ def _ceiling(site: Site) -> float:
         case aten.relu6:
             top = 6.0
         case aten.hardtanh:
-            top = argument(site.value, "max_val", 1)
+            top = argument(site.value, "max_val")
         case aten.clamp:
             top = argument(site.value, "max")
     return math.inf if top is None else float(top) * HAIR / (site.high - site.low)

@@ -20,13 +20,14 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 
+from fxprune.calls import packet_of
 from fxprune.cost import batch_of
 from fxprune.latency_profile import Profiled, profile
 from fxprune.latency_table import OPSET, RUNS, SWEEPS, Shape, operator, sessions
 from fxprune.latency_terms import shape_of_layer
 from fxprune.program import Program
 from fxprune.progress import Tracker
-from fxprune.quantization_patterns import CLAMPS, is_move, packet_of, pattern_of
+from fxprune.quantization_patterns import CLAMPS, is_move, pattern_of
 
 Pair = tuple[float, float]
 SCALE = 0.02

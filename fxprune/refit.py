@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.activations import Values
-from fxprune.layers import Layer, Some, argument, blocks, packet, weight_rows
+from fxprune.calls import argument, packet_of
+from fxprune.layers import Layer, Some, blocks, weight_rows
 from fxprune.leastsquares import Moments, solve
 from fxprune.program import Program
 from fxprune.region import Region, affine_tail, along_channels, slope
@@ -126,7 +127,7 @@ def _absorbers(program: Program, layer: Layer) -> list[tuple[str, float]]:
     found = []
     for call in layer.calls:
         norm = next(iter(call.users), None)
-        if len(affine_tail(call)) < 2 or norm is None or packet(norm) is not aten.batch_norm:
+        if len(affine_tail(call)) < 2 or norm is None or packet_of(norm) is not aten.batch_norm:
             return []
         mean: Any = norm.args[3]
         if len(mean.users) > 1 or len(call.users) > 1:

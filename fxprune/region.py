@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.activations import Values, compute
-from fxprune.layers import Layer, argument, channel_axis, packet
+from fxprune.calls import argument, packet_of
+from fxprune.layers import Layer, channel_axis
 from fxprune.program import Program
 
 aten = torch.ops.aten
@@ -88,7 +89,7 @@ def affine_tail(call: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def _is_affine(call: fx.Node, source: fx.Node, user: fx.Node) -> bool:
-    kind, dims = packet(user), source.meta["val"].dim()
+    kind, dims = packet_of(user), source.meta["val"].dim()
     if kind in IDENTITIES:
         return True
     if kind is aten.batch_norm:
@@ -110,7 +111,7 @@ def slope(program: Program, chain: tuple[fx.Node, ...]) -> Tensor | None:
     """
     found: Tensor | None = None
     for node in chain[1:]:
-        if packet(node) is not aten.batch_norm:
+        if packet_of(node) is not aten.batch_norm:
             continue
         gamma, _, _, variance = (_stored(program, item) for item in node.args[1:5])
         assert variance is not None
@@ -166,7 +167,7 @@ def _following(layer: Layer, lookahead: int) -> list[fx.Node]:
         if node.op != "call_function" or not below.intersection(node.all_input_nodes):
             continue
         below.add(node)
-        moves = packet(node) in MOVES or node.target is operator.getitem
+        moves = packet_of(node) in MOVES or node.target is operator.getitem
         if moves or not isinstance(node.meta.get("val"), Tensor):
             continue
         found.append(node)

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from fxprune.calls import packet_of
 from fxprune.errors import InputError, PostconditionError
 from fxprune.facts import MASKS, REMOVED, Masks, Removed
 from fxprune.groups import Analysis, Group, analyse
@@ -129,7 +130,7 @@ def cut(program: Program, kept: Mapping[fx.Node, list[Kept]]) -> None:
             if id(tensor) not in sliced:
                 sliced.add(id(_slice_tensor(program, str(node.target), tensor, kept[node][0])))
             continue
-        repair = repairs.get(getattr(node.target, "overloadpacket", None))
+        repair = repairs.get(packet_of(node))
         if repair is not None:
             repair(node, Remains(shapes[node], kept[node], lambda arg: _masks(kept, arg), program))
     program.refresh()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import argument, assign
 from fxprune.repair_positions import POSITIONS, Remains, Repair
 
 __all__ = ["REPAIRS", "Remains", "Repair"]
@@ -51,10 +52,9 @@ def _unflatten(node: fx.Node, remains: Remains) -> None:
 
 
 def _split(node: fx.Node, remains: Remains) -> None:
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    rank = len(remains.before[0])
-    sizes = [remains.size(int(dim) % rank, piece) for piece in range(len(remains.before))]  # type: ignore[arg-type]
-    if any(int(dim) % rank in kept for kept in remains.kept):  # type: ignore[arg-type]
+    dim = argument(node, "dim") % len(remains.before[0])
+    sizes = [remains.size(dim, piece) for piece in range(len(remains.before))]
+    if any(dim in kept for kept in remains.kept):
         node.update_arg(1, sizes)
 
 
@@ -97,24 +97,18 @@ def _group_norm(node: fx.Node, remains: Remains) -> None:
 
 
 def _convolution(node: fx.Node, remains: Remains) -> None:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    position = names.index("groups")
-    groups = node.args[position] if len(node.args) > position else node.kwargs.get("groups", 1)
+    groups = argument(node, "groups")
     channel = len(remains.before[0]) - len(node.args[1].meta["val"].shape) + 1  # type: ignore[union-attr]
     mask = remains.operand(node.args[0]).get(channel)
     if groups == 1 or mask is None:
         return
-    left = int(mask.view(int(groups), -1).any(1).sum())  # type: ignore[arg-type]
-    if "groups" in node.kwargs:
-        node.update_kwarg("groups", left)
-    elif left != groups:
-        node.update_arg(position, left)
+    assign(node, "groups", int(mask.view(groups, -1).any(1).sum()))
 
 
 def _attention(node: fx.Node, remains: Remains) -> None:
     width = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
     rank = len(remains.before[0])
-    if node.kwargs.get("scale") is None and rank - 1 in remains.operand(node.args[0]):
+    if argument(node, "scale") is None and rank - 1 in remains.operand(node.args[0]):
         node.update_kwarg("scale", 1.0 / math.sqrt(width))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxprune.calls import arguments
 from fxprune.flow import Flow, Read
 from fxprune.groups import Analysis, Group, analyse
 from fxprune.labels import Labels
@@ -119,10 +120,8 @@ def _gates(
 
 def _carried(flow: Flow, node: fx.Node, number: Ints) -> Ints | None:
     """Return the units that a grouped convolution hands on, channel by channel."""
-    if "groups" not in {argument.name for argument in node.target._schema.arguments}:  # type: ignore[union-attr]
-        return None
-    given, labels = flow.arguments(node), flow.labels(node)
-    if given["groups"] == 1 or not isinstance(labels, Labels):
+    given, labels = arguments(node), flow.labels(node)
+    if given.get("groups", 1) == 1 or not isinstance(labels, Labels):
         return None
     channel = len(shape_of(node)) - len(shape_of(given["weight"])) + 1
     for layer in labels.at(channel):

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import fx
 
+from fxprune.calls import argument, packet_of
 from fxprune.errors import InputError
 from fxprune.groups import Group
 from fxprune.macs import MACS
@@ -129,8 +129,7 @@ def _of_group(program: Program, group: Group, dense: dict[tuple[int, int], bool]
 def _weight_dims(program: Program) -> Iterator[tuple[str, int, bool]]:
     """Yield each dimension of a weight that is a number of channels, and whether depthwise."""
     for node in program.graph.nodes:
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet not in MACS:
+        if packet_of(node) not in MACS:
             continue
         names = [
             str(source.target)
@@ -138,17 +137,10 @@ def _weight_dims(program: Program) -> Iterator[tuple[str, int, bool]]:
             if source.op == "get_attr" and source.meta["val"].dim() >= 2
         ]
         convolution = "conv" in str(node.target)
-        blocks = _blocks(node) if convolution else 1
+        blocks = argument(node, "groups") if convolution else 1
         for name in names:
             shape = program.tensor(name).shape
             dims = (0, 1) if convolution else (len(shape) - 2, len(shape) - 1)
             depthwise = convolution and blocks > 1 and shape[1] == 1
             for dim in dims if blocks == 1 else (0,):
                 yield name, dim, depthwise
-
-
-def _blocks(node: fx.Node) -> int:
-    """Return the number of groups of a convolution."""
-    value = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
-    assert isinstance(value, int)
-    return value

@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import argument, packet_of
 from fxprune.context import Context
 from fxprune.facts import MASKS, REMOVED
 from fxprune.joins import makers, read_elsewhere
@@ -71,7 +72,7 @@ class FoldBatchNorm(Pass):
 def _obstacle(program: Program, norm: fx.Node) -> str | None:
     value: Any = norm.args[0]
     layers = makers(value)
-    if any(_packet(layer) not in OUT_DIM for layer in layers):
+    if any(packet_of(layer) not in OUT_DIM for layer in layers):
         return "its input is not a convolution or linear layer"
     if (shared := read_elsewhere(value)) is not None:
         return f"the output of {shared.name} has other readers"
@@ -83,7 +84,9 @@ def _obstacle(program: Program, norm: fx.Node) -> str | None:
 
 
 def _obstacle_in(program: Program, norm: fx.Node, layer: Any) -> str | None:
-    stored = [item for item in (layer.args[1], _bias(layer)) if isinstance(item, fx.Node)]
+    stored = [
+        item for item in (layer.args[1], argument(layer, "bias")) if isinstance(item, fx.Node)
+    ]
     rest = [item for item in norm.args[1:5] if isinstance(item, fx.Node)]
     for part in [*stored, *rest]:
         if part.op != "get_attr":
@@ -105,14 +108,6 @@ def _readers(program: Program, parts: list[fx.Node]) -> int:
     )
 
 
-def _packet(layer: fx.Node) -> Any:
-    return getattr(layer.target, "overloadpacket", None)
-
-
-def _bias(layer: fx.Node) -> Any:
-    return layer.args[2] if len(layer.args) > 2 else layer.kwargs.get("bias")
-
-
 def _fold(program: Program, norm: fx.Node) -> None:
     value: Any = norm.args[0]
     gamma, beta, mean, variance = (_value(program, item) for item in norm.args[1:5])
@@ -127,7 +122,7 @@ def _fold(program: Program, norm: fx.Node) -> None:
 
 def _fold_into(program: Program, layer: Any, scale: Tensor, shift: Tensor) -> None:
     """Let a layer scale and shift its outputs."""
-    weight_name, bias_node = str(layer.args[1].target), _bias(layer)
+    weight_name, bias_node = str(layer.args[1].target), argument(layer, "bias")
     weight, bias = program.tensor(weight_name), _value(program, bias_node)
     folded = weight.detach().double() * _along_outputs(layer, scale, weight)
     set_tensor(program, weight_name, folded.to(weight.dtype))
@@ -144,10 +139,10 @@ def _fold_into(program: Program, layer: Any, scale: Tensor, shift: Tensor) -> No
 def _along_outputs(layer: fx.Node, scale: Tensor, weight: Tensor) -> Tensor:
     """Shape a scale per output channel so that it multiplies the weight."""
     rest = [1] * (weight.dim() - 2)
-    if OUT_DIM[_packet(layer)] == 0:
+    if OUT_DIM[packet_of(layer)] == 0:
         return scale.view(-1, 1, *rest)
     # Transposed: each block of input rows makes its own share of the output channels.
-    groups: Any = layer.args[6] if len(layer.args) > 6 else layer.kwargs.get("groups", 1)
+    groups = argument(layer, "groups")
     shares = scale.view(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
     return shares.view(*shares.shape, *rest)
 

@@ -33,13 +33,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import packet_of
 from fxprune.context import Context
 from fxprune.facts import MASKS, OBSERVED, REMOVED, Quantized
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
 from fxprune.program import Program
 from fxprune.quantization import observe, sites, sums_overflow
 from fxprune.quantization_ops import DEQUANTIZE, FAKE_QUANTIZE
-from fxprune.quantization_patterns import is_depthwise, packet_of, pattern_of, place, weight_name
+from fxprune.quantization_patterns import is_depthwise, pattern_of, place, weight_name
 from fxprune.quantization_timing import Pace, paces
 
 aten = torch.ops.aten

@@ -41,6 +41,12 @@ class InPlace(nn.Module):
                 y[..., -2] = x.sum(-1)
                 y[1:, 0] += 1
                 return y
+            case "part copied":
+                y[:, 1:3] = x[:, :2] + y[:, 2:]
+                return y
+            case "part copied from one":
+                y[:, 1:3] = x[:, :1].double().exp()
+                return y
             case "part of a part":
                 inner = y[1:][:, 1:3]
                 inner.mul_(x[1:, 1:3])
@@ -52,7 +58,7 @@ class InPlace(nn.Module):
 
 CASES = (
     "whole", "view of the whole", "part", "part by a view", "parts one after the other",
-    "part of a part", "chain",
+    "part of a part", "part copied", "part copied from one", "chain",
 )  # fmt: skip
 
 
@@ -61,7 +67,11 @@ def test_in_place_calls_become_functional(case: str) -> None:
     model = InPlace(case)
     x = torch.randn(3, 4)
     program = fxprune.trace(model, (x.clone(),))
-    assert_same(program(x.clone()), model(x.clone()))
+    for rows in (3, 5):
+        inputs = torch.randn(rows, 4, requires_grad=True)
+        wanted, made = model(inputs.clone()), program(inputs.clone())
+        assert_same(made, wanted)
+        assert_same(*(torch.autograd.grad(out.sum(), inputs)[0] for out in (made, wanted)))
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert not [name for name in names if name.partition(".default")[0].endswith("_")], names
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.calls import arguments
 from fxprune.flow import Flow, Path, Read, Rule
 from fxprune.labels import Labels, Layer
 
@@ -53,7 +54,7 @@ def _letters(count: int) -> str:
 
 def linear(flow: Flow, node: fx.Node) -> Any:
     """``y[..., o] = sum over i of x[..., i] w[o, i] + b[o]``."""
-    given = flow.arguments(node)
+    given = arguments(node)
     operand, weight = flow.labels(given["input"]), flow.labels(given["weight"])
     batch = _letters(len(operand.shape) - 1)
     places = [((0,), operand, batch + "x"), ((1,), weight, "yx" if len(weight.shape) == 2 else "x")]
@@ -76,7 +77,7 @@ def matmul(flow: Flow, node: fx.Node) -> Any:
 
 def addmm(flow: Flow, node: fx.Node) -> Any:
     """``bias + left @ right``; the bias broadcasts."""
-    bias, left, right = (flow.labels(argument) for argument in node.args[:3])
+    bias, left, right = (flow.labels(operand) for operand in node.args[:3])
     batch = _letters(len(left.shape) - 2)
     result = batch + "xz"
     places: list[tuple[Path, Labels, str]] = [
@@ -91,7 +92,7 @@ def addmm(flow: Flow, node: fx.Node) -> Any:
 
 def bilinear(flow: Flow, node: fx.Node) -> Any:
     """``y[..., o] = sum over i, j of x[..., i] w[o, i, j] z[..., j] + b[o]``."""
-    given = flow.arguments(node)
+    given = arguments(node)
     left, right = flow.labels(given["input1"]), flow.labels(given["input2"])
     batch = _letters(len(left.shape) - 1)
     places: list[tuple[Path, Labels, str]] = [
@@ -148,7 +149,7 @@ def _note_roles(flow: Flow, node: fx.Node, left: Labels, right: Labels) -> None:
 
 def attention(flow: Flow, node: fx.Node) -> Any:
     """``softmax(q k' / sqrt(d) + mask) v``; query heads may share key and value heads."""
-    given = flow.arguments(node)
+    given = arguments(node)
     query, key, value = (flow.labels(given[name]) for name in ("query", "key", "value"))
     batch = _letters(len(query.shape) - 2)
     _note_roles(flow, node, query, key)

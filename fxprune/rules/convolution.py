@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import arguments
 from fxprune.flow import Flow, Read, Rule
 from fxprune.labels import Labels, Layer
 
@@ -19,7 +20,7 @@ def convolution(flow: Flow, node: fx.Node) -> Any:
     A depthwise channel lives and dies with its input. Grouped channels are removable by whole
     groups or by the same offset in every group, whichever is finer.
     """
-    given = flow.arguments(node)
+    given = arguments(node)
     operand, weight = flow.labels(given["input"]), flow.labels(given["weight"])
     transposed = "output_padding" in given
     slid = _freeze_space(flow, node, operand, weight)
@@ -50,7 +51,7 @@ def _freeze_space(flow: Flow, node: fx.Node, operand: Labels, weight: Labels) ->
     flow.freeze(node, kernel, "it is a convolution kernel's extent", silent=True)
     first = len(operand.shape) - len(weight.shape) + 2
     space = [layer for layer in operand.layers if layer.dim >= first]
-    given = flow.arguments(node)
+    given = arguments(node)
     is_same = tuple(node.meta["val"].shape[first:]) == operand.shape[first:]
     if is_same and set(weight.shape[2:]) == {1}:
         return tuple(space)  # every position for itself

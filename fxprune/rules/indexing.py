@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import arguments
 from fxprune.flow import Flow, Rule
 from fxprune.labels import Labels, Layer
 from fxprune.rules.movement import replay
@@ -22,7 +23,7 @@ def index(flow: Flow, node: fx.Node) -> Any:
 
 def index_select(flow: Flow, node: fx.Node) -> Any:
     """``x[:, index]`` along one dimension."""
-    source, given = flow.labels(node.args[0]), flow.arguments(node)
+    source, given = flow.labels(node.args[0]), arguments(node)
     indices: list[Any] = [None] * (given["dim"] % len(source.shape)) + [given["index"]]
     return _take(flow, node, source, indices)
 
@@ -69,7 +70,7 @@ def _index_shape(item: fx.Node) -> tuple[int, ...]:
 
 def select(flow: Flow, node: fx.Node) -> Any:
     """The index that is picked stays; its number is a literal."""
-    source, given = flow.labels(node.args[0]), flow.arguments(node)
+    source, given = flow.labels(node.args[0]), arguments(node)
     dim = given["dim"] % len(source.shape)
     number = flow.concrete(given["index"])
     chosen = [Layer(0, layer.ids[number].view(1)) for layer in source.at(dim)]
@@ -80,7 +81,7 @@ def select(flow: Flow, node: fx.Node) -> Any:
 
 def gather(flow: Flow, node: fx.Node) -> Any:
     """The gathered dimension stays; along the others the result has the indices' shape."""
-    given = flow.arguments(node)
+    given = arguments(node)
     source, index = flow.labels(given["self"]), flow.labels(given["index"])
     dim = given["dim"] % max(len(source.shape), 1)
     flow.freeze(node, [*source.at(dim), *index.at(dim)], "it is gathered by numbers")
@@ -96,7 +97,7 @@ def gather(flow: Flow, node: fx.Node) -> Any:
 
 def unbind(flow: Flow, node: fx.Node) -> Any:
     """Taking a dimension apart fixes its size."""
-    source, given = flow.labels(node.args[0]), flow.arguments(node)
+    source, given = flow.labels(node.args[0]), arguments(node)
     dim = given["dim"] % len(source.shape)
     flow.freeze(node, source.at(dim), "it is taken apart index by index")
     rest = Labels(source.shape, source.without(dim))

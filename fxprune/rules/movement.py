@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import arguments
 from fxprune.flow import Flow, Rule
 from fxprune.labels import Labels, Layer, spread
 
@@ -107,7 +108,7 @@ def repeat(flow: Flow, node: fx.Node) -> Any:
 
 def concatenate(flow: Flow, node: fx.Node) -> Any:
     """Labels join along the dimension and must agree along the others."""
-    given = flow.arguments(node)
+    given = arguments(node)
     sources = [flow.labels(item) for item in given["tensors"]]
     shape = tuple(node.meta["val"].shape)
     dim = (given["dim"] or 0) % len(shape)
@@ -132,7 +133,7 @@ def _joined(flow: Flow, node: fx.Node, source: Labels, dim: int) -> Tensor | Non
 
 def stack(flow: Flow, node: fx.Node) -> Any:
     """Labels must agree along every dimension that was there before."""
-    given = flow.arguments(node)
+    given = arguments(node)
     sources = [flow.labels(item) for item in given["tensors"]]
     shape = tuple(node.meta["val"].shape)
     new = (given["dim"] or 0) % len(shape)
@@ -170,7 +171,7 @@ def pad_mirrored(flow: Flow, node: fx.Node) -> Any:
 
 def pad_any(flow: Flow, node: fx.Node) -> Any:
     """Padding whose mode is an argument."""
-    mode = flow.arguments(node)["mode"]
+    mode = arguments(node)["mode"]
     if mode == "constant":
         return pad(flow, node)
     return pad_mirrored(flow, node)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import arguments
 from fxprune.flow import Flow, Rule
 from fxprune.labels import Labels, Layer
 
@@ -18,7 +19,7 @@ def per_channel(flow: Flow, node: fx.Node) -> Any:
 
     Batch norm without running statistics serves to standardise weights.
     """
-    given = flow.arguments(node)
+    given = arguments(node)
     operand = flow.labels(given["input"])
     names = ("weight", "bias", "running_mean", "running_var")
     vectors = [flow.labels(given[name]) for name in names if isinstance(given[name], fx.Node)]
@@ -30,7 +31,7 @@ def per_channel(flow: Flow, node: fx.Node) -> Any:
 
 def layer_norm(flow: Flow, node: fx.Node) -> Any:
     """Layer and RMS norm over the last dimensions: removal changes the statistics."""
-    given = flow.arguments(node)
+    given = arguments(node)
     operand = flow.labels(given["input"])
     first = len(operand.shape) - len(given["normalized_shape"])
     vectors = [
@@ -49,7 +50,7 @@ def layer_norm(flow: Flow, node: fx.Node) -> Any:
 
 def group_norm(flow: Flow, node: fx.Node) -> Any:
     """Whole groups go without touching others; the same offset in every group mixes."""
-    given = flow.arguments(node)
+    given = arguments(node)
     operand, groups = flow.labels(given["input"]), given["num_groups"]
     vectors = [
         flow.labels(given[name]) for name in ("weight", "bias") if isinstance(given[name], fx.Node)
@@ -70,7 +71,7 @@ def group_norm(flow: Flow, node: fx.Node) -> Any:
 
 def softmax(flow: Flow, node: fx.Node) -> Any:
     """What is removed would still take its share: the dimension stays."""
-    operand, given = flow.labels(node.args[0]), flow.arguments(node)
+    operand, given = flow.labels(node.args[0]), arguments(node)
     dim = given["dim"]
     flow.freeze(node, operand.at(dim), "a softmax shares one unit of mass along it")
     return Labels(operand.shape, operand.without(dim))
@@ -85,7 +86,7 @@ def _dims(given: dict[str, Any], rank: int) -> list[int]:
 
 def reduction(flow: Flow, node: fx.Node) -> Any:
     """A statistic over removable dimensions mixes them; the other dimensions pass."""
-    operand, given = flow.labels(node.args[0]), flow.arguments(node)
+    operand, given = flow.labels(node.args[0]), arguments(node)
     rank = len(operand.shape)
     dims = _dims(given, rank)
     flow.mix(node, [layer for layer in operand.layers if layer.dim in dims])
@@ -110,7 +111,7 @@ def _reduced(node: fx.Node, operand: Labels, dims: list[int]) -> Any:
 
 def positional(flow: Flow, node: fx.Node) -> Any:
     """Results that count or order positions along a dimension fix it."""
-    operand, given = flow.labels(node.args[0]), flow.arguments(node)
+    operand, given = flow.labels(node.args[0]), arguments(node)
     dims = _dims(given, len(operand.shape))
     fixed = [layer for layer in operand.layers if layer.dim in dims]
     flow.freeze(node, fixed, "positions along it are ordered or counted")
@@ -126,7 +127,7 @@ def positional(flow: Flow, node: fx.Node) -> Any:
 
 def transform(flow: Flow, node: fx.Node) -> Any:
     """A Fourier transform mixes what it runs along for good; the other dimensions pass."""
-    operand, given = flow.labels(node.args[0]), flow.arguments(node)
+    operand, given = flow.labels(node.args[0]), arguments(node)
     rank = len(operand.shape)
     default = list(range(rank)) if str(node.target).split(".")[1].endswith("n") else [rank - 1]
     dims = _dims(given, rank) if given.get("dim") is not None else default
@@ -145,7 +146,7 @@ def pairs(flow: Flow, node: fx.Node) -> Any:
 
 def similarity(flow: Flow, node: fx.Node) -> Any:
     """The cosine of the angle between vectors along a dimension, whose lengths mix them."""
-    given = flow.arguments(node)
+    given = arguments(node)
     left, right = flow.labels(given["x1"]), flow.labels(given["x2"])
     rank = max(len(left.shape), len(right.shape))
     dim = given["dim"] % rank

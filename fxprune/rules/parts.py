@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import arguments
 from fxprune.flow import Flow, Rule
 from fxprune.labels import Labels, Layer
 from fxprune.rules.movement import move, replay
@@ -16,7 +17,7 @@ aten = torch.ops.aten
 
 def slice_(flow: Flow, node: fx.Node) -> Any:
     """A strided slice keeps or loses whole blocks of its stride; then it is a movement."""
-    given = flow.arguments(node)
+    given = arguments(node)
     source, dim = flow.labels(node.args[0]), given["dim"] % len(node.args[0].meta["val"].shape)  # type: ignore[union-attr]
     if given["step"] != 1:
         fits = _block(flow, node, source, dim)
@@ -33,7 +34,7 @@ def _sliced(flow: Flow, node: fx.Node, ids: Tensor) -> Tensor:
 
 def _block(flow: Flow, node: fx.Node, labels: Labels, dim: int) -> bool:
     """Merge blocks of a stride that starts in the first of them; else freeze the dimension."""
-    given = flow.arguments(node)
+    given = arguments(node)
     step, size = given["step"], labels.shape[dim]
     start, end = given["start"] or 0, given["end"]
     if size % step or not 0 <= start < step or (end is not None and end < size):
@@ -47,7 +48,7 @@ def _block(flow: Flow, node: fx.Node, labels: Labels, dim: int) -> bool:
 
 def slice_scatter(flow: Flow, node: fx.Node) -> Any:
     """What is written over a part keeps the indices of that part."""
-    given = flow.arguments(node)
+    given = arguments(node)
     whole, part, step = flow.labels(given["self"]), flow.labels(given["src"]), given["step"]
     dim = given["dim"] % len(whole.shape)
     region = [slice(None)] * len(whole.shape)
@@ -70,7 +71,7 @@ def slice_scatter(flow: Flow, node: fx.Node) -> Any:
 
 def roll(flow: Flow, node: fx.Node) -> Any:
     """A roll along given dimensions moves labels; one of the flattened tensor fixes them all."""
-    source, given = flow.labels(node.args[0]), flow.arguments(node)
+    source, given = flow.labels(node.args[0]), arguments(node)
     if given["dims"]:
         return move(flow, node)
     flow.freeze(node, source.layers, "a roll runs over all dimensions")
@@ -107,7 +108,7 @@ def col2im(flow: Flow, node: fx.Node) -> Any:
 
 def unfold(flow: Flow, node: fx.Node) -> Any:
     """Windows of a dimension fix it; the others move."""
-    source, given = flow.labels(node.args[0]), flow.arguments(node)
+    source, given = flow.labels(node.args[0]), arguments(node)
     dim = given["dimension"] % len(source.shape)
     flow.freeze(node, source.at(dim), "a window slides along it")
     return Labels(tuple(node.meta["val"].shape), source.without(dim))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import arguments
 from fxprune.flow import Flow, Rule
 from fxprune.labels import Labels, Layer
 
@@ -47,7 +48,7 @@ def prelu(flow: Flow, node: fx.Node) -> Any:
 
 def glu(flow: Flow, node: fx.Node) -> Any:
     """The halves of a dimension gate each other."""
-    operand, given = flow.labels(node.args[0]), flow.arguments(node)
+    operand, given = flow.labels(node.args[0]), arguments(node)
     dim = given["dim"] % len(operand.shape)
     layers = operand.without(dim)
     for layer in operand.at(dim):

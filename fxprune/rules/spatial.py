@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.calls import arguments
 from fxprune.flow import Flow, Read, Rule
 from fxprune.labels import Labels, Layer
 
@@ -51,7 +52,7 @@ def recurrent(gates: int) -> Rule:
     """Make the rule of a recurrent layer with that many gates per hidden unit."""
 
     def rule(flow: Flow, node: fx.Node) -> Any:
-        given = flow.arguments(node)
+        given = arguments(node)
         parameters = [flow.labels(item) for item in given["params"]]
         directions = 2 if given["bidirectional"] else 1
         per_cell = 4 if given["has_biases"] else 2
