@@ -13,7 +13,7 @@ from fxprune.facts import Sensitivity
 from fxprune.groups import Group
 from fxprune.program import Program
 from fxprune.sensitivity_gates import GatedProgram
-from fxprune.sensitivity_model import single_tensor
+from fxprune.sensitivity_model import traced_output
 from fxprune.sensitivity_slopes import GateProbes
 from fxprune.sensitivity_static import activation, magnitude, norm_scale, without
 from fxprune.sensitivity_tally import Tally, misplaced
@@ -81,8 +81,7 @@ def _nearest(task: Task) -> tuple[Criterion, str | None]:
         if batch is None or batch.target is None:
             return "output-shift", "there are no labels for this loss, whose curvature is unknown"
         return "fisher", "the curvature of this loss in the outputs is unknown"
-    with torch.no_grad():
-        outputs = single_tensor(task.program(*task.program.example_inputs))
+    outputs = traced_output(task.program)
     if outputs is None:
         return "output-shift", "the model has several outputs, and the loss is about one"
     if kind == "cross-entropy" and (outputs.dim() < 2 or outputs.shape[1] == 1):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -115,6 +115,12 @@ def single_tensor(outputs: Any) -> Tensor | None:
     """Return the only floating-point tensor among the outputs, or None if there are several."""
     found = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     return found[0] if len(found) == 1 and found[0].is_floating_point() else None
+
+
+def traced_output(program: Program) -> Tensor | None:
+    """Return the fake tensor of a program's only output, or None if there are several."""
+    outputs = program.graph.output_node().args[0]
+    return single_tensor(pytree.tree_map_only(fx.Node, lambda node: node.meta["val"], outputs))
 
 
 def _sampled(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxprune.errors import FxpruneError, InputError
 from fxprune.sensitivity_exact import exact_trace, singles
-from fxprune.sensitivity_model import Weights, single_tensor
+from fxprune.sensitivity_model import Weights, traced_output
 from fxprune.sensitivity_probes import TraceProbes, piecewise_linear
 from fxprune.sensitivity_tally import Tally
 from fxprune.sensitivity_task import Details, Measured, Task
@@ -92,8 +92,7 @@ def _trace_probes(task: Task) -> tuple[TraceProbes, int]:
     matrix: Literal["hessian", "gauss-newton"] = (
         "hessian" if settings.criterion == "hessian-trace" else "gauss-newton"
     )
-    with torch.no_grad():
-        single = single_tensor(task.program(*task.program.example_inputs))
+    single = traced_output(task.program)
     rooted = objective.kind != "other" and single is not None
     able = rooted and (matrix == "gauss-newton" or piecewise_linear(task.program))
     row = single is not None and single.dim() == 2 and bool(task.program.dynamic)

@@ -210,13 +210,15 @@ def _forward(program: Program, dense: Any) -> float:
 
 
 def _backward(program: Program) -> None:
-    """Every parameter that the program reads gets a finite gradient of its own shape."""
+    """Gradients are finite and of the right shape; what no output depends on has none."""
     for tensor in program.graph_module.parameters():
         tensor.requires_grad_(tensor.is_floating_point())
     losses = [leaf.pow(2).mean() for leaf in _floats(program(*program.example_inputs))]
     torch.stack(losses).sum().backward()
-    for name, parameter in program.graph_module.named_parameters():
-        if parameter.grad is None:
-            continue
+    reached = [item for item in program.graph_module.named_parameters() if item[1].grad is not None]
+    if not reached:
+        raise FxpruneError("no parameter has a gradient")
+    for name, parameter in reached:
+        assert parameter.grad is not None
         if parameter.grad.shape != parameter.shape or not bool(parameter.grad.isfinite().all()):
             raise FxpruneError(f"the gradient of {name} is wrong")

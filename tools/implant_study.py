@@ -11,14 +11,12 @@ again.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from fxprune import cost
@@ -35,7 +33,7 @@ from fxprune.passes import (
 from fxprune.program import Program
 from fxprune.sensitivity_task import Criterion
 from tools.rank_study import Study
-from tools.study_models import NETWORKS
+from tools.study_models import percent, study_options
 
 TARGETS = ("70%", "50%", "30%")
 WAYS: dict[str, float | str] = {"removal": 0.0, "ratio 0.3": 0.3, "auto": "auto"}
@@ -109,28 +107,16 @@ def table(out: Path) -> Iterator[str]:
             for way in WAYS:
                 files = sorted(folder.glob(f"{way.replace(' ', '-')}-*-{target}.json"))
                 results = [json.loads(path.read_text()) for path in files]
-                cells = [_spread([r[key] for r in results]) for key in ("cut", "recalibrated")]
+                cells = [percent([r[key] for r in results]) for key in ("cut", "recalibrated")]
                 ms = f"{found[way]:.2f}" if way in found else "-"
                 yield f"| {target} | {way} | {' | '.join(cells)} | {ms} |"
 
 
-def _spread(values: list[float]) -> str:
-    if not values:
-        return "-"
-    shown = f"{100 * float(np.mean(values)):.1f}"
-    return f"{shown} ± {100 * float(np.std(values, ddof=1)):.1f}" if len(values) > 1 else shown
-
-
 def main() -> None:
     """Run a study, or print its table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("network", nargs="?", choices=sorted(NETWORKS))
-    parser.add_argument("--folder", type=Path, help="where weights and images lie")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = study_options(__doc__)
     parser.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing, per target")
-    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.network and options.folder:
         study = Study.load(options.network, options.folder, options.out)

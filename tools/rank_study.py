@@ -1,7 +1,7 @@
 """Compare the criteria of ``annotate-sensitivity`` on trained networks.
 
-    python tools/rank_study.py resnet20 --folder DATA --out DIR     # resumable, piece by piece
-    python tools/rank_study.py --out DIR --table                    # what has been measured so far
+    python -m tools.rank_study resnet20 --folder DATA --out DIR     # resumable, piece by piece
+    python -m tools.rank_study --out DIR --table                    # what has been measured so far
 
 Per network: the measured rise of the loss when one unit goes (units drawn at random, each removed
 alone), its rank correlation with every criterion, and the accuracy after removal at equal
@@ -11,7 +11,6 @@ calibration data. Every figure is a file in the output folder; what is there is 
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +31,15 @@ from fxprune.passes import AnnotateSensitivity, PlanChannels, RecalibrateNorms, 
 from fxprune.program import Program
 from fxprune.sensitivity_gates import GatedProgram
 from fxprune.sensitivity_task import Criterion
-from tools.study_models import HALF, NETWORKS, Network, load_data, load_program
+from tools.study_models import (
+    HALF,
+    NETWORKS,
+    Network,
+    load_data,
+    load_program,
+    percent,
+    study_options,
+)
 
 CRITERIA: tuple[Criterion, ...] = (
     "output-shift", "gauss-newton", "fisher", "taylor", "hessian-trace", "activation",
@@ -177,7 +184,7 @@ def table(out: Path) -> Iterator[str]:
             for target in targets:
                 files = sorted(folder.glob(f"accuracy-{criterion}-*-{target}.json"))
                 found = [json.loads(path.read_text()) for path in files]
-                cells += [_spread([f[key] for f in found]) for key in ("cut", "recalibrated")]
+                cells += [percent([f[key] for f in found]) for key in ("cut", "recalibrated")]
             yield f"| {criterion} | " + " | ".join(cells) + " |"
 
 
@@ -194,22 +201,10 @@ def _correlation(folder: Path, criterion: str) -> str:
     return f"{np.mean(found):.2f}" if found else "-"
 
 
-def _spread(values: list[float]) -> str:
-    if not values:
-        return "-"
-    shown = f"{100 * float(np.mean(values)):.1f}"
-    return f"{shown} ± {100 * float(np.std(values, ddof=1)):.1f}" if len(values) > 1 else shown
-
-
 def main() -> None:
     """Run a study, or print its table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("network", nargs="?", choices=sorted(NETWORKS))
-    parser.add_argument("--folder", type=Path, help="where weights and images lie")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = study_options(__doc__)
     parser.add_argument("--criteria", nargs="*", default=CRITERIA, choices=CRITERIA)
-    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.network and options.folder:
         study = Study.load(options.network, options.folder, options.out)

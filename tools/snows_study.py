@@ -38,7 +38,7 @@ from fxprune.passes import (
 from fxprune.program import Program
 from fxprune.surgery import set_tensor
 from tools.rank_study import Study
-from tools.study_models import NETWORKS
+from tools.study_models import NETWORKS, percent, study_options
 
 # Masks are on all layers but the first and the last.
 MASKS = {
@@ -134,7 +134,7 @@ def table(out: Path) -> Iterator[str]:
             if not found:
                 continue
             cells = [
-                _spread([100 * each[name] for each in found if name in each]) for name in LADDER
+                percent([each[name] for each in found if name in each], 2) for name in LADDER
             ]  # fmt: skip
             times = [[each.get(f"{name}, seconds") for each in found] for name in TIMED]
             seconds = [f"{np.mean([t for t in each if t]):.0f}" for each in times if any(each)]
@@ -152,28 +152,16 @@ def _slug(task: str) -> str:
     return "".join(sign if sign.isalnum() else "-" for sign in task)
 
 
-def _spread(values: list[float]) -> str:
-    if not values:
-        return "not measured"
-    mean = f"{np.mean(values):.2f}"
-    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
-
-
 def main() -> None:
     """Run a study, or print its table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("network", nargs="?", choices=sorted(PROTECT))
-    parser.add_argument("--folder", type=Path, help="where weights and images lie")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = study_options(__doc__)
     parser.add_argument("--tasks", nargs="*", default=(*MASKS, *BUDGETS))
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--lookahead", type=int, default=12)
     parser.add_argument("--evaluated", type=int, default=10_000)
     parser.add_argument("--ways", nargs="*", choices=("ours", "paper"), default=("ours", "paper"))
     parser.add_argument("--cg-steps", type=int, default=PAPER.cg_steps, help="of the paper's way")
     parser.add_argument("--at-once", type=int, default=3, help="layers per piece, likewise")
-    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.network and options.folder:
         study = Study.load(options.network, options.folder, options.out)

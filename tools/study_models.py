@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -71,6 +72,27 @@ NETWORKS = {
         "imagenet_sample1000_224.npz", None, 32, 40, 100, 250, 16, ("85%",),
     ),
 }  # fmt: skip
+
+
+def study_options(about: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options that every study of networks has."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0] if about else None)
+    parser.add_argument("network", nargs="?", choices=sorted(NETWORKS))
+    parser.add_argument("--folder", type=Path, help="where weights and images lie")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--table", action="store_true", help="print what has been measured")
+    return parser
+
+
+def percent(values: Sequence[float], digits: int = 1) -> str:
+    """Return mean and standard deviation of shares, in percent."""
+    if not values:
+        return "-"
+    shown = f"{100 * float(np.mean(values)):.{digits}f}"
+    if len(values) == 1:
+        return shown
+    return f"{shown} ± {100 * float(np.std(values, ddof=1)):.{digits}f}"
 
 
 def load_data(path: Path, statistics: Statistics = IMAGENET) -> Arrays:
