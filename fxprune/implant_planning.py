@@ -19,7 +19,7 @@ from fxprune.implant_moments import Sampling, measure
 from fxprune.implant_places import sites_of
 from fxprune.implant_prospects import prospects
 from fxprune.implant_tiers import tiers
-from fxprune.implant_trial import trial
+from fxprune.implant_trial import Trials
 from fxprune.implants import Kind
 from fxprune.ledger import Floats
 from fxprune.program import Program
@@ -31,7 +31,7 @@ from fxprune.widths import Rounding
 # tell too little of the loss when many go, so that implants look dearer than they are.
 RATES = (1.0, 0.3, 0.1, 0.03)
 SAMPLING = Sampling(samples=256, batch_size=64, positions=32768)
-TRIAL = Sampling(samples=64, batch_size=32, positions=16384)  # for each of the rates
+TRIED = 64  # samples that plans are tried out on
 
 
 def implant_share(value: float | str) -> float | None:
@@ -112,19 +112,32 @@ def _with_layers(
     moments = measure(program, sites, context, SAMPLING)
     spectra = {site.node.name: spectrum(program, site, moments[site.node.name]) for site in sites}
     layers = ranks_of(sites, spectra, scores, roundings)
+    trials = Trials(program, list(scores), moments, context, TRIED, TRIED // 2)
     found: list[tuple[float, Plan, Solution]] = []
-    for rate in context.progress.track(RATES, "weighing implants", total=len(RATES)):
-        cheaper = [replace(layer, losses=layer.losses * rate) for layer in layers]
+    errors = []
+    for rate in context.progress.track((None, *RATES), "weighing implants", total=1 + len(RATES)):
         try:
-            solution = solve(with_layers(program, problem, model, cheaper))
-        except BudgetError:
-            if rate is RATES[-1] and not found:
-                raise
+            solution = solve(_widened(program, problem, model, layers, rate))
+        except BudgetError as error:
+            errors.append(error)
             continue
-        plan = _plan(solution, scores, layers)
-        found.append((trial(program, plan, context, list(scores), TRIAL), plan, solution))
+        plan = _plan(solution, scores, layers if rate else [])
+        found.append((trials.moved(plan), plan, solution))
+    if not found:
+        raise errors[-1]
     _, plan, solution = min(found, key=lambda item: item[0])
     return plan, solution
+
+
+def _widened(
+    program: Program, problem: Problem, model: CostModel, layers: Sequence[Ranks],
+    rate: float | None,
+) -> Problem:  # fmt: skip
+    """The problem with implants at an exchange rate; None is for removal alone."""
+    if rate is None:
+        return problem
+    cheaper = [replace(layer, losses=layer.losses * rate) for layer in layers]
+    return with_layers(program, problem, model, cheaper)
 
 
 def _plan(solution: Solution, scores: Mapping[Group, Floats], layers: Sequence[Ranks]) -> Plan:

@@ -52,7 +52,14 @@ class Block(nn.Module):
 
 def scored(level: float = 1.0) -> Program:
     torch.manual_seed(0)
-    program = trace(randomise_norms(Block()).eval(), X[:2])
+    block = Block()
+    randomise_norms(block).eval()
+    with torch.no_grad():  # most of what the inner layers compute has few dimensions
+        for layer in (block.one, block.two):
+            left, values, right = torch.linalg.svd(layer.weight.flatten(1), full_matrices=False)
+            values[4:] *= 0.1
+            layer.weight.copy_(((left * values) @ right).view_as(layer.weight))
+    program = trace(block, X[:2])
     scores = {
         group.name: level * (1 + torch.arange(len(group.units), dtype=torch.float64))
         for group in find_groups(program)

@@ -4,16 +4,18 @@
     python tools/implant_study.py --out DIR --table                    # what has been measured
 
 Per network, share of multiply-accumulates that remains, and draw of the calibration data: the
-accuracy as cut and after recalibrating batch norms, and the latency of the folded ONNX model, all
-ways timed in turns. Every figure is a file in the output folder; what is there is not measured
-again.
+accuracy as cut, after recalibrating batch norms, and after reconstruction, which a run does by
+default; and the latency of the folded ONNX model, all ways timed in turns. Every figure is a file
+in the output folder; what is there is not measured again.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import onnx
 
 from fxprune import cost
 from fxprune.export import export_onnx
+from fxprune.facts import SENSITIVITY, Sensitivity
 from fxprune.latency import compare
 from fxprune.passes import (
     AnnotateSensitivity,
@@ -28,6 +31,7 @@ from fxprune.passes import (
     ImplantLowRank,
     PlanChannels,
     RecalibrateNorms,
+    Reconstruct,
     RemoveChannels,
 )
 from fxprune.program import Program
@@ -35,6 +39,7 @@ from fxprune.sensitivity_task import Criterion
 from tools.rank_study import Study
 from tools.study_models import percent, study_options
 
+KEYS = ("cut", "recalibrated", "reconstructed")
 TARGETS = ("70%", "50%", "30%")
 WAYS: dict[str, float | str] = {"removal": 0.0, "ratio 0.3": 0.3, "auto": "auto"}
 CRITERION: Criterion = "gauss-newton"
@@ -44,8 +49,7 @@ INDEXING = {"Gather", "GatherElements", "GatherND", "ScatterElements", "ScatterN
 def build(study: Study, target: str, ratio: float | str, seed: int) -> tuple[Program, list[str]]:
     """Cut a copy of the network; returns it and the kinds of its implants."""
     program, context = study.program.copy(), study.context(seed)
-    network = study.network
-    AnnotateSensitivity(CRITERION, samples=network.samples, batch_size=32)(program, context)
+    program.put(SENSITIVITY, scores(study, seed))
     PlanChannels(macs=target, implant_ratio=ratio)(program, context)
     RemoveChannels()(program, context)
     done = ImplantLowRank(samples=256, positions=32768)(program, context)
@@ -53,13 +57,24 @@ def build(study: Study, target: str, ratio: float | str, seed: int) -> tuple[Pro
     return program, kinds
 
 
+@functools.cache
+def scores(study: Study, seed: int) -> Sensitivity:
+    """Score all units for one draw of the calibration images."""
+    program = study.program.copy()
+    step = AnnotateSensitivity(CRITERION, samples=study.network.samples, batch_size=32)
+    step(program, study.context(seed))
+    return program.get(SENSITIVITY)
+
+
 def accuracy(study: Study, target: str, way: str, seed: int) -> dict[str, Any]:
-    """Measure the accuracy as cut and recalibrated."""
+    """Measure the accuracy as cut, recalibrated and reconstructed."""
     program, kinds = build(study, target, WAYS[way], seed)
-    cut = study.correct(program)
+    found: dict[str, Any] = {"cut": study.correct(program), "kinds": kinds}
     RecalibrateNorms(samples=512)(program, study.context(seed))
-    left = cost(program).macs / cost(study.program).macs
-    return {"cut": cut, "recalibrated": study.correct(program), "macs": left, "kinds": kinds}
+    found["recalibrated"] = study.correct(program)
+    Reconstruct(samples=study.network.samples * 2, batch_size=32)(program, study.context(seed))
+    found["reconstructed"] = study.correct(program)
+    return found | {"macs": cost(program).macs / cost(study.program).macs}
 
 
 def latency(study: Study, target: str, seconds: float) -> dict[str, Any]:
@@ -79,12 +94,14 @@ def latency(study: Study, target: str, seconds: float) -> dict[str, Any]:
     return {"latency": ms, "indexing": indexing}
 
 
-def run(study: Study, seeds: int, targets: tuple[str, ...], seconds: float) -> None:
+def run(
+    study: Study, seeds: int, targets: tuple[str, ...], ways: tuple[str, ...], seconds: float
+) -> None:
     """Measure every piece that is not there yet."""
     study.piece("dense", lambda: study.correct(study.program))
     for seed in range(seeds):
         for target in targets:
-            for way in WAYS:
+            for way in ways:
                 study.piece(
                     f"{way.replace(' ', '-')}-{seed}-{target}",
                     lambda w=way, s=seed, t=target: accuracy(study, t, w, s),  # type: ignore[misc]
@@ -99,15 +116,15 @@ def table(out: Path) -> Iterator[str]:
         dense = folder / "dense.json"
         shown = f"{100 * json.loads(dense.read_text()):.1f} %" if dense.exists() else "-"
         yield f"\n{folder.name}: dense {shown}\n"
-        yield "| MACs left | way | as cut | recalibrated | ms |"
-        yield "|---|---|---|---|---|"
+        yield "| MACs left | way | as cut | recalibrated | reconstructed | ms |"
+        yield "|---|---|---|---|---|---|"
         for target in TARGETS:
             times = folder / f"latency-{target}.json"
             found = json.loads(times.read_text())["latency"] if times.exists() else {}
             for way in WAYS:
                 files = sorted(folder.glob(f"{way.replace(' ', '-')}-*-{target}.json"))
                 results = [json.loads(path.read_text()) for path in files]
-                cells = [percent([r[key] for r in results]) for key in ("cut", "recalibrated")]
+                cells = [percent([r[key] for r in results]) for key in KEYS]
                 ms = f"{found[way]:.2f}" if way in found else "-"
                 yield f"| {target} | {way} | {' | '.join(cells)} | {ms} |"
 
@@ -116,11 +133,16 @@ def main() -> None:
     """Run a study, or print its table."""
     parser = study_options(__doc__)
     parser.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--ways", nargs="*", default=tuple(WAYS), choices=tuple(WAYS))
+    parser.add_argument("--images", type=int, help="held-out images that accuracy is measured on")
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing, per target")
     options = parser.parse_args()
     if options.network and options.folder:
         study = Study.load(options.network, options.folder, options.out)
-        run(study, options.seeds, tuple(options.targets), options.seconds)
+        if options.images:
+            study = replace(study, network=replace(study.network, evaluated=options.images))
+        targets, ways = tuple(options.targets), tuple(options.ways)
+        run(study, options.seeds, targets, ways, options.seconds)
     if options.table:
         print("\n".join(table(options.out)))
 
