@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from fxprune import passes as registry
+from fxprune.choices import Preference
 from fxprune.compile import compile as compile_model
 from fxprune.data import batches
 from fxprune.errors import InputError
@@ -79,6 +80,9 @@ def compile_command(
     steps: Annotated[
         int | None, typer.Option(min=1, help="to the target, default 1; epochs are shared out")
     ] = None,
+    attention: Annotated[
+        Preference | None, typer.Option(help="which part of attention widths goes; default heads")
+    ] = None,
     int8: Annotated[
         bool | None,
         typer.Option("--int8/--fp32", help="8-bit codes or floats; default: the better one"),
@@ -132,6 +136,9 @@ def inspect_command(
     input_shape: InputShape = None,
     image_size: ImageSize = None,
     trust_pickle: Trust = False,
+    attention: Annotated[
+        Preference, typer.Option(help="which part of attention widths units are")
+    ] = "heads",
     html: Annotated[Path | None, typer.Option(help="file to draw the graph into")] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -145,7 +152,7 @@ def inspect_command(
         if html is not None:
             check_writable(html.parent)
         program = _traced(request)
-        found = inspect_program(program)
+        found = inspect_program(program, attention)
         if html is not None:
             write_text(prepare(html.parent) / html.name, inspection_html(program, found))
         if as_json:

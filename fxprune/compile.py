@@ -21,7 +21,7 @@ from fxprune.errors import InputError
 from fxprune.facts import PLAN
 from fxprune.groups import find_groups
 from fxprune.job import Job, aimed, fingerprint_of
-from fxprune.options import Options, make_options, resolve
+from fxprune.options import Options, attention_of, make_options, resolve
 from fxprune.output import staged
 from fxprune.pipeline_text import Recipe, write_recipe
 from fxprune.program import Program
@@ -76,7 +76,8 @@ def compile(
             if samples is not None:
                 check_data(samples, program)
                 samples = _limited(samples, asked)
-            job = aimed(Job(program, find_groups(program), samples, pipeline, targets, asked))
+            groups = find_groups(program, attention_of(pipeline))
+            job = aimed(Job(program, groups, samples, pipeline, targets, asked))
             kept = Checkpoint(folder, fingerprint_of(job), tuple(map(str, job.pipeline)))
             with _told(kept):
                 small, report = run(job, kept if out else None, aside)

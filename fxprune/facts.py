@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fxprune.choices import Preference
 from fxprune.program import Fact
 
 
@@ -41,6 +42,7 @@ class Sensitivity:
             the order of ``group.units``.
         errors: standard errors of the same shape; empty where the estimator has none.
         details: what the report should tell, such as the probes used.
+        attention: which factor of attention widths the groups were found for.
 
     """
 
@@ -48,6 +50,7 @@ class Sensitivity:
     scores: Mapping[str, Tensor]
     errors: Mapping[str, Tensor] = field(default_factory=dict)
     details: Mapping[str, float | int | str] = field(default_factory=dict)
+    attention: Preference = "heads"
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Plan:
         predicted: the costs that the solver expects after removal, by quantity.
         kinds: by weight, the kind of implant that its layer gets, such as ``low-rank:8``; where
             none is named, the pass that implants chooses.
+        attention: which factor of attention widths the groups were found for.
 
     """
 
@@ -69,6 +73,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     predicted: Mapping[str, float] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
+    attention: Preference = "heads"
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,17 @@ class Flow:
             return self.survey.split(node, key, found)
         return (self._choose(node, key, found),)
 
+    def sole(self, node: fx.Node, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        """Keep one layer of a dimension that several were merged into: positions have one owner."""
+        if self.survey is not None:
+            return layers
+        kept: dict[int, Layer] = {}
+        for layer in layers:
+            if kept.setdefault(layer.dim, layer) is not layer:
+                owner = "each of its positions also belongs to another unit"
+                self.freeze(node, [layer], f"{owner}, of a dimension that is merged with it")
+        return tuple(kept.values())
+
     def _choose(self, node: fx.Node, key: int, split: Split) -> Layer:
         """Keep one factor of a split removable: identities apart only in others are merged."""
         dim = self.choices.factor(node, key, split)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fxprune.choices import Preference
 from fxprune.cost import Cost, cost, cost_model
 from fxprune.groups import Group, find_groups
 from fxprune.program import Program
@@ -53,9 +54,9 @@ class Inspection:
         return json.dumps(content, indent=2)
 
 
-def inspect(program: Program) -> Inspection:
+def inspect(program: Program, attention: Preference = "heads") -> Inspection:
     """Find the groups and what each of them costs."""
-    groups = find_groups(program)
+    groups = find_groups(program, attention)
     return Inspection(cost(program), tuple(_lines(program, groups)))
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fxprune import passes
 from fxprune.budget import Budget, Target
+from fxprune.choices import Preference
 from fxprune.context import Loss
 from fxprune.errors import InputError
 from fxprune.passes import (
@@ -42,6 +43,7 @@ class Options:
             that keeps to it is searched for; None for no such check.
         epochs: of fine-tuning in the default pipeline, over all its steps.
         steps: in how many steps the default pipeline goes to the targets.
+        attention: which factor of attention widths the default pipeline removes.
         int8: whether the default pipeline ends in 8-bit codes; None tries them and keeps them if
             they turn out faster and as good.
         pipeline: the passes; None for the default ones.
@@ -68,6 +70,7 @@ class Options:
     max_drop: float | None = None
     epochs: int = 0
     steps: int = 1
+    attention: Preference = "heads"
     int8: bool | None = None
     pipeline: Pipeline | None = None
     calibration: int | None = None
@@ -146,12 +149,15 @@ def resolve(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
         if options.max_drop is None:
             targets = targets or DEFAULT_TARGETS
         codes = options.int8 is not False
-        pipeline = default_pipeline(targets, options.epochs, options.steps, int8=codes)
+        pipeline = default_pipeline(
+            targets, options.epochs, options.steps, int8=codes, attention=options.attention
+        )
         return pipeline, targets
-    if options.epochs or options.steps > 1 or options.int8:
+    if options.epochs or options.steps > 1 or options.int8 or options.attention != "heads":
         raise InputError(
-            "epochs, steps and int8 are for the default pipeline; in one of your own write "
-            "finetune{epochs=...}, plan-channels{path=...} for the early steps, and "
+            "epochs, steps, attention and int8 are for the default pipeline; in one of your own "
+            "write finetune{epochs=...}, plan-channels{path=...} for the early steps, "
+            "annotate-sensitivity{attention=...}, and "
             "insert-observers,train-quantized,convert-quantized after fold-batchnorm"
         )
     steps = list(options.pipeline)
@@ -167,14 +173,21 @@ def resolve(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
     return Pipeline(steps), options.targets
 
 
+def attention_of(pipeline: Pipeline) -> Preference:
+    """Return which factor of attention widths a pipeline removes."""
+    steps = (step.attention for step in pipeline if isinstance(step, AnnotateSensitivity))
+    return next(steps, "heads")
+
+
 def limits(targets: tuple[Target, ...]) -> dict[str, Any]:
     """Return targets as options of ``plan-channels``."""
     return {target.name: str(target).partition("=")[2] for target in targets}
 
 
 def default_pipeline(
-    targets: tuple[Target, ...], epochs: int, steps: int = 1, *, int8: bool = False
-) -> Pipeline:
+    targets: tuple[Target, ...], epochs: int, steps: int = 1, *, int8: bool = False,
+    attention: Preference = "heads",
+) -> Pipeline:  # fmt: skip
     """Return the passes of a run that names none.
 
     Several steps each go an equal part of the way, as a ratio of costs; the early ones need not
@@ -189,7 +202,7 @@ def default_pipeline(
             plan = replace(plan, path=round(step / steps, 6), tolerance=0.1, corrections=0)
         share = epochs // steps + (epochs % steps if last else 0)
         found += [
-            AnnotateSensitivity(),
+            AnnotateSensitivity(attention=attention),
             plan,
             RemoveChannels(),
             RecalibrateNorms(),

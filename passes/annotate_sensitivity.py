@@ -18,9 +18,10 @@ criterion cannot score (``bn-scale`` where there is no batch norm) are declined 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from fxprune.choices import Preference
 from fxprune.context import Context
 from fxprune.facts import SENSITIVITY
 from fxprune.groups import find_groups
@@ -55,6 +56,7 @@ class AnnotateSensitivity(Pass):
         negative: abs or clamp; what becomes of negative traces.
         output_probes: random vectors per batch for gauss-newton and output-shift; 0 is exact for up
             to 16 outputs, and 4 beyond.
+        attention: heads or head_dim; which factor of attention widths units are.
 
     """
 
@@ -71,6 +73,7 @@ class AnnotateSensitivity(Pass):
     estimator: Estimator = "auto"
     negative: Negative = "abs"
     output_probes: int = 0
+    attention: Preference = "heads"
 
     name: ClassVar[str] = "annotate-sensitivity"
     acts: ClassVar[bool] = False
@@ -84,9 +87,9 @@ class AnnotateSensitivity(Pass):
             StoppingRule(self.cut, self.tolerance, self.min_probes, self.probes),
             self.output_probes, self.memory_gib,
         )  # fmt: skip
-        groups = find_groups(program)
+        groups = find_groups(program, self.attention)
         sensitivity, layout, skipped = measure(program, groups, settings, context)
-        program.put(SENSITIVITY, sensitivity)
+        program.put(SENSITIVITY, replace(sensitivity, attention=self.attention))
         scores = layout.joined(sensitivity.scores)
         spread = layout.spread(scores)
         for node in program.tensor_nodes():

@@ -133,7 +133,7 @@ class ImplantLowRank(Pass):
 
 def _chosen(program: Program, plan: Plan) -> dict[Group, tuple[int, ...]]:
     """The groups of the plan, with the units to implant."""
-    found = {group.name: group for group in find_groups(program)}
+    found = {group.name: group for group in find_groups(program, plan.attention)}
     if missing := sorted(set(plan.implant) - set(found)):
         raise PreconditionError(
             f"the plan names groups that the program does not have: {', '.join(missing[:3])}; "

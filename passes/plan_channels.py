@@ -112,7 +112,7 @@ class PlanChannels(Pass):
         if not self.targets:
             raise InputError("plan-channels has no budget; give it macs=50%, or another")
         sensitivity = program.get(SENSITIVITY)
-        groups, skips = self._candidates(find_groups(program), sensitivity)
+        groups, skips = self._candidates(find_groups(program, sensitivity.attention), sensitivity)
         if not groups:
             why = "; ".join(sorted({skip.reason for skip in skips})[:3]) or "there are no groups"
             raise BudgetError(f"nothing may be removed, so no budget can be met: {why}")
@@ -137,7 +137,8 @@ class PlanChannels(Pass):
                 plan = Plan({g.name: tuple(units) for g, units in doomed(found.removed).items()})
         quantities: tuple[str, ...] = problem.costs.quantities
         predicted = dict(zip(quantities, found.values.tolist(), strict=True))
-        program.put(PLAN, replace(plan, notes=found.notes, predicted=predicted))
+        plan = replace(plan, notes=found.notes, predicted=predicted)
+        program.put(PLAN, replace(plan, attention=sensitivity.attention))
         details = {
             "notes": list(found.notes),
             "predicted": predicted,

@@ -39,8 +39,8 @@ class RemoveChannels(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Remove every planned unit; changes counts units."""
-        groups = {group.name: group for group in find_groups(program)}
         plan = program.get(PLAN)
+        groups = {group.name: group for group in find_groups(program, plan.attention)}
         if missing := sorted(set(plan.remove) - set(groups)):
             raise PreconditionError(
                 f"the plan names groups that the program does not have: {', '.join(missing[:3])}; "

@@ -46,6 +46,7 @@ def test_epochs_and_steps_are_for_the_default_pipeline() -> None:
     for options in (
         make_options(pipeline="fold-batchnorm", epochs=1),
         make_options(pipeline="fold-batchnorm", steps=2),
+        make_options(pipeline="fold-batchnorm", attention="head_dim"),
     ):
         with pytest.raises(InputError, match="default pipeline"):
             resolve(options)

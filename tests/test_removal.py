@@ -104,42 +104,6 @@ def test_padded_shortcuts_are_removable_and_their_padding_shrinks() -> None:
     assert_same(program(x), expected)
 
 
-class Attention(nn.Module):
-    """Self-attention from one projection, as most vision transformers have it."""
-
-    def __init__(self, width: int = 24, heads: int = 3) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v)
-        result: Tensor = self.out(y.transpose(1, 2).reshape(batch, tokens, width))
-        return result
-
-
-@pytest.mark.parametrize(("prefer", "units"), [("heads", 3), ("head_dim", 8)])
-def test_heads_or_head_widths_can_go(prefer: str, units: int) -> None:
-    program = trace(Attention().double(), torch.randn(2, 7, 24, dtype=torch.float64))
-    groups = [g for g in fxprune.find_groups(program, prefer) if g.frozen_because is None]  # type: ignore[arg-type]
-    assert sorted({len(group.units) for group in groups}) == [units]
-    found = fxprune.verify_removal(program, {group: [1] for group in groups})
-    assert found.error is not None
-    assert found.error <= 1e-10
-
-
-def test_the_attention_scale_stays_when_head_width_shrinks() -> None:
-    program = trace(Attention(), torch.randn(2, 7, 24))
-    groups = [g for g in fxprune.find_groups(program, "head_dim") if g.frozen_because is None]
-    fxprune.remove_units(program, {group: [0, 1] for group in groups})
-    (node,) = [n for n in program.graph.nodes if "attention" in str(n.target)]
-    assert node.kwargs["scale"] == pytest.approx(8**-0.5)
-
-
 def test_removing_nothing_changes_nothing() -> None:
     program = trace(PaddedShortcut(), torch.randn(1, 3, 8, 8))
     before = {name: t.clone() for name, t in program.graph_module.state_dict().items()}

@@ -28,7 +28,7 @@ def reshape(flow: Flow, node: fx.Node) -> Any:
         ids = ids.reshape(shape[after.start : after.stop])
         view = (1,) * after.start + tuple(ids.shape) + (1,) * (len(shape) - after.stop)
         layers += flow.settle(node, layer.dim, ids.reshape(view))
-    return Labels(shape, layers)
+    return Labels(shape, flow.sole(node, layers))
 
 
 def _block_of(before: tuple[int, ...], after: tuple[int, ...], dim: int) -> tuple[range, range]:
@@ -68,7 +68,8 @@ def replay(flow: Flow, node: fx.Node, source: Labels, movement: Any) -> Any:
             key = layer.dim + len(source.shape) * number
             collected[number].extend(flow.settle(node, key, piece))
     labelled = [
-        Labels(shape, tuple(layers)) for shape, layers in zip(shapes, collected, strict=True)
+        Labels(shape, flow.sole(node, tuple(layers)))
+        for shape, layers in zip(shapes, collected, strict=True)
     ]
     return labelled if isinstance(value, (list, tuple)) else labelled[0]
 
