@@ -26,7 +26,7 @@ readers other than layers, are left alone.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -124,10 +124,8 @@ class Reconstruct(Pass):
         self, program: Program, dense: Program, context: Context, lookahead: int
     ) -> tuple[list[Mended], tuple[Skip, ...], dict[str, Any]]:
         """Mend every layer once."""
-        settings = Settings(
-            self.ridge, self.held_out, lookahead, self.curvature, self.steps, self.cg_steps,
-            self.damping, self.tolerance, self.solver,
-        )  # fmt: skip
+        same = {field.name: getattr(self, field.name) for field in fields(Settings)}
+        settings = Settings(**{**same, "lookahead": lookahead})
         half = int(self.memory_gib * GIB / 2)
         with Store(half) as store:
             task = Reconstruction(program, dense, settings, store, context.device, self._chosen)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from fxprune import cost, find_groups
 from fxprune.context import Context
+from fxprune.cost import activation_bytes
 from fxprune.data import Data, batches, hold_out
 from fxprune.datasets import Samples
 from fxprune.facts import SENSITIVITY
@@ -45,6 +46,7 @@ CRITERIA: tuple[Criterion, ...] = (
     "output-shift", "gauss-newton", "fisher", "taylor", "hessian-trace", "activation",
     "magnitude-l2", "magnitude-l1", "bn-scale", "random",
 )  # fmt: skip
+MOST_BYTES = 2**31  # of all values of a batch; fresh memory costs more than small batches do
 FIXED = ("magnitude-l1", "magnitude-l2", "bn-scale")  # the same for every draw of the data
 
 
@@ -143,8 +145,9 @@ class Study:
     def correct(self, program: Program) -> float:
         """Return the share of held-out images that are classified right."""
         right = total = 0
+        size = min(max(MOST_BYTES // activation_bytes(program), 1), 100)
         with torch.no_grad():
-            for batch in batches(self.held_out, 100, seed=3, limit=self.network.evaluated):
+            for batch in batches(self.held_out, size, seed=3, limit=self.network.evaluated):
                 right += int((program(*batch.inputs).argmax(1) == batch.target).sum())
                 total += len(batch)
         return right / total
