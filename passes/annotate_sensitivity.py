@@ -60,7 +60,7 @@ class AnnotateSensitivity(Pass):
 
     """
 
-    criterion: Criterion = "gauss-newton"
+    criterion: Criterion = "output-shift"
     probes: int = 300
     min_probes: int = 16
     cut: float = 0.5

@@ -177,10 +177,10 @@ LABELS = torch.arange(8) % 3
         ("single", F.cross_entropy, LABELS, "output-shift", "a single class"),
     ],
 )
-def test_the_default_takes_every_kind_of_model(
+def test_gauss_newton_or_what_comes_nearest_takes_every_kind_of_model(
     kind: str, loss: Any, target: Tensor | None, used: str, reason: str | None
 ) -> None:
-    program, _, outcome = annotated(kind, loss, target)
+    program, _, outcome = annotated(kind, loss, target, criterion="gauss-newton")
     found = program.get(SENSITIVITY)
     assert found.criterion == used
     (scores,) = found.scores.values()
@@ -193,12 +193,23 @@ def test_the_default_takes_every_kind_of_model(
     assert reason is None or (reason in notes[0] and f"{used} instead of gauss-newton" in notes[0])
 
 
+@pytest.mark.parametrize("kind", ["pixels", "values", "several", "single"])
+def test_the_default_takes_every_kind_of_model(kind: str) -> None:
+    program, _, _ = annotated(kind, several, None)
+    found = program.get(SENSITIVITY)
+    assert found.criterion == AnnotateSensitivity().criterion
+    (scores,) = found.scores.values()
+    assert (scores.isfinite() & (scores > 0)).all()
+
+
 @pytest.mark.parametrize(("kind", "error"), [("values", 1e-9), ("pixels", 0.25)])
-def test_without_an_activation_the_default_is_the_rise_of_a_squared_error(
+def test_without_an_activation_gauss_newton_is_the_rise_of_a_squared_error(
     kind: str, error: float
 ) -> None:
     """The model is linear in each gate, so second order in the outputs is all there is."""
-    program, dense, _ = annotated(kind, F.mse_loss, None, output_probes=400)
+    program, dense, _ = annotated(
+        kind, F.mse_loss, None, criterion="gauss-newton", output_probes=400
+    )
     (scores,) = program.get(SENSITIVITY).scores.values()
     torch.manual_seed(0)
     Heads(kind).double()

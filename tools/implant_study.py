@@ -42,7 +42,7 @@ from tools.study_models import percent, study_options
 KEYS = ("cut", "recalibrated", "reconstructed")
 TARGETS = ("70%", "50%", "30%")
 WAYS: dict[str, float | str] = {"removal": 0.0, "ratio 0.3": 0.3, "auto": "auto"}
-CRITERION: Criterion = "gauss-newton"
+CRITERION: Criterion = "output-shift"
 INDEXING = {"Gather", "GatherElements", "GatherND", "ScatterElements", "ScatterND"}
 
 
