@@ -10,6 +10,7 @@ from fxprune.passes.annotate_sensitivity import AnnotateSensitivity
 from fxprune.passes.convert_quantized import ConvertQuantized
 from fxprune.passes.finetune import Finetune
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
+from fxprune.passes.implant_attention import ImplantAttention
 from fxprune.passes.implant_low_rank import ImplantLowRank
 from fxprune.passes.insert_observers import InsertObservers
 from fxprune.passes.plan_channels import PlanChannels
@@ -25,6 +26,7 @@ ALL: tuple[type[Pass], ...] = (
     PlanChannels,
     RemoveChannels,
     ImplantLowRank,
+    ImplantAttention,
     Sparsify,
     RecalibrateNorms,
     Reconstruct,
@@ -41,6 +43,7 @@ __all__ = [
     "ConvertQuantized",
     "Finetune",
     "FoldBatchNorm",
+    "ImplantAttention",
     "ImplantLowRank",
     "InsertObservers",
     "PlanChannels",
