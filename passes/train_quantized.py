@@ -9,32 +9,36 @@ After:
 
 Calibration runs samples through the program in floating point; observers take the range of what
 they see, and weights that of their largest value per output channel. Fake-quantisers then round
-to what codes can tell, and biases take back what rounding shifts in the means of layers. To win
-back predictions, the layers whose rounding costs most are left in floating point (``recover``).
+to what codes can tell (weights to the nearest code, or adaptively), and biases take back what
+rounding shifts in the means of layers. To win back predictions, the layers whose rounding costs
+most are left in floating point (``recover``).
 
 With epochs, the weights are trained through the rounding, whose gradient passes straight through,
 with the dense model as a teacher (see finetune). The scales are measured again before each epoch,
-until ``freeze`` of them are done, or are trained with the weights. Zeros of masks are kept. Fails
-where there is no data to calibrate or to train on.
+until ``freeze`` of them are done, or are trained with the weights. Zeros of masks are kept, and
+samples that are held out tell how far to go (see finetune). Fails where there is no data to
+calibrate or to train on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from fxprune.context import Context
 from fxprune.facts import CALIBRATED, MASKS, OBSERVED, REMOVED
+from fxprune.guarding import guarded
 from fxprune.pipeline import Facts, Outcome, Pass
 from fxprune.program import Program
 from fxprune.quantization import remeasure, settle, sites, walk
 from fxprune.quantization_bias import correct_biases
 from fxprune.quantization_observers import Method
 from fxprune.quantization_recovery import recover
+from fxprune.quantization_rounding import round_weights, told
 from fxprune.quantization_scales import learned_scales
 from fxprune.quantization_sensitivity import rounding_costs
-from fxprune.training import Schedule, train
+from fxprune.training import Epoch, Schedule, train
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class TrainQuantized(Pass):
         samples: how many calibration samples at most, drawn at random.
         batch_size: samples per step.
         search_weights: take the weight scales of least squared error.
+        rounding: of weights, to the nearest code, or to the one above or below, so that on
+            calibration samples a layer's output moves least (arXiv 2004.10568, 2210.17323).
         bias_correction: correct the means of layers after calibration.
         epochs: passes over the training data; 0 only calibrates.
         lr: peak learning rate.
@@ -55,6 +61,7 @@ class TrainQuantized(Pass):
         distill: weight of the distance to the dense model; the loss on labels weighs the rest.
         temperature: softens both sides of the distillation.
         learn_scales: train the scales too (arXiv 1902.08153).
+        held_out: the share of the training samples that judges, at most 1,024 of them.
         freeze: the share of epochs after which scales are no longer measured again.
         sensitivity: tell by weight how much rounding in its layer raises the loss, dearest first.
         recover: leave the layers in floating point whose rounding costs most, to win back so many
@@ -66,6 +73,7 @@ class TrainQuantized(Pass):
     samples: int = 512
     batch_size: int = 64
     search_weights: bool = False
+    rounding: Literal["nearest", "adaptive"] = "nearest"
     bias_correction: bool = True
     epochs: int = 0
     lr: float = 0.002
@@ -74,6 +82,7 @@ class TrainQuantized(Pass):
     distill: float = 0.9
     temperature: float = 4.0
     learn_scales: bool = False
+    held_out: float = 0.05
     freeze: float = 0.5
     sensitivity: bool = False
     recover: float = 0.0
@@ -88,25 +97,30 @@ class TrainQuantized(Pass):
         details: dict[str, Any] = {}
         if self.recover:
             details |= self._recover(program, context)
-        count, corrected = self._calibrate(program, context)
-        if self.bias_correction:
-            details["corrected"] = corrected
+        count, found = self._calibrate(program, context)
+        details |= found
         if self.epochs > 0:
-            details["epochs"] = self._train(program, context)
+            trained = self._train(program, context)
+            trained["notes"] = [*details.get("notes", []), *trained.get("notes", [])]
+            details |= trained
         if self.sensitivity and not self.recover:
             costs = rounding_costs(program, context, self.samples, self.batch_size)
             details |= {"sensitivity": costs, "tables": [_table(costs)]}
         program.put(CALIBRATED, program.get(OBSERVED))
         return Outcome(count, details=details)
 
-    def _calibrate(self, program: Program, context: Context) -> tuple[int, int]:
-        """Turn observers into fake-quantisers; returns how many, and of biases corrected."""
+    def _calibrate(self, program: Program, context: Context) -> tuple[int, dict[str, Any]]:
+        """Turn observers into fake-quantisers; returns how many, and what else was done."""
         found = sites(program)
         observers = walk(program, context, found, self.observer, self.samples, self.batch_size)
         count = settle(program, found, observers, self.observer, search_weights=self.search_weights)
-        if not self.bias_correction:
-            return count, 0
-        return count, correct_biases(program, context, self.samples)
+        details: dict[str, Any] = {}
+        if self.rounding == "adaptive":
+            size = self.samples, self.batch_size
+            details |= told(round_weights(program, context, *size, means=self.bias_correction))
+        if self.bias_correction:
+            details["corrected"] = correct_biases(program, context, self.samples)
+        return count, details
 
     def _recover(self, program: Program, context: Context) -> dict[str, Any]:
         def calibrate(trial: Program) -> None:
@@ -128,21 +142,23 @@ class TrainQuantized(Pass):
             "notes": [note],
         }
 
-    def _train(self, program: Program, context: Context) -> list[dict[str, Any]]:
+    def _train(self, program: Program, context: Context) -> dict[str, Any]:
         schedule = Schedule(
             self.epochs, self.lr, self.optimizer, weight_decay=self.weight_decay,
             batch_size=self.batch_size, distill=self.distill, temperature=self.temperature,
         )  # fmt: skip
-        if self.learn_scales:
-            with learned_scales(program):
-                return [asdict(epoch) for epoch in train(program, context, schedule)]
 
         def measure(epoch: int) -> None:
             if 0 < epoch <= self.freeze * self.epochs:
                 remeasure(program, context, self.observer, self.samples, self.batch_size)
 
-        history = train(program, context, schedule, on_epoch=measure)
-        return [asdict(epoch) for epoch in history]
+        def learn(part: Context) -> tuple[Epoch, ...]:
+            if not self.learn_scales:
+                return train(program, part, schedule, on_epoch=measure)
+            with learned_scales(program):
+                return train(program, part, schedule)
+
+        return guarded(program, context, schedule, self.held_out, learn).told()
 
 
 def _table(costs: Mapping[str, float], floats: Collection[str] = ()) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fxprune.passes import TrainQuantized
 from fxprune.program import Program
 from fxprune.quantization import fakes, sites
 from fxprune.quantization_observers import METHODS
+from fxprune.quantization_ops import along
 
 
 def states(program: Program) -> dict[str, Tensor]:
@@ -140,3 +141,39 @@ def test_nothing_is_left_where_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) 
     assert outcome.details is not None
     assert outcome.details["floats"] == []
     assert outcome.details["notes"] == ["rounding changes 0.00 % of predictions"]
+
+
+def test_adaptive_rounding_keeps_to_the_range() -> None:
+    adaptive, context = calibrated(rounding="adaptive")
+    assert error(adaptive, context) < 0.15
+    for site in fakes(adaptive):
+        if site.symmetric:
+            weight = adaptive.tensor(str(site.value.target)).detach()
+            scale = adaptive.tensor(site.key)
+            codes = (weight / along(scale, weight, site.axis)).flatten(1)
+            assert float((codes - codes.round()).abs().max()) < 1e-3
+            sums = codes[:, 1:] + codes[:, :-1]  # of neighbours: two products fit 16 bits
+            assert float(sums.abs().max()) < 128.5
+
+
+def test_adaptive_rounding_tells_what_it_won() -> None:
+    program, context = observed(reduce_range=True)
+    keep = torch.zeros(16, 8, 3, 3, dtype=torch.bool)
+    with torch.no_grad():
+        program.tensor("down.weight").mul_(keep)
+    outcome = TrainQuantized(rounding="adaptive")(program, context)
+    assert outcome.details is not None
+    shares = outcome.details["error_of_nearest"]
+    assert shares["down.weight"] == 1
+    assert all(share <= 1 for share in shares.values())
+    assert min(shares.values()) < 0.9
+    assert outcome.details["turned"] > 0
+    assert not program.tensor("down.weight").any()
+
+
+def test_training_keeps_the_point_of_least_held_out_loss() -> None:
+    program, context = observed(reduce_range=True)
+    outcome = TrainQuantized(epochs=1, lr=5.0, held_out=0.4, batch_size=16)(program, context)
+    assert outcome.details is not None
+    assert outcome.details["kept"] < 1
+    assert "held-out" in outcome.details["notes"][0]
