@@ -17,11 +17,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from fxprune.calls import arguments
 from fxprune.errors import PostconditionError
 from fxprune.onnx_trim import trim
 from fxprune.program import Program
@@ -31,6 +30,7 @@ from fxprune.quantization_onnx import (
     is_quantized,
     shield_floats,
 )
+from fxprune.spelling import spell_attention
 from fxprune.surgery import insert_call, replace_node
 from fxprune.verify import relative_error
 
@@ -72,7 +72,7 @@ def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> Ex
     """
     path = Path(path)
     ready = program.copy().to("cpu").eval()
-    _spell_attention(ready)
+    spell_attention(ready)
     _spell_averages(ready)
     shield_floats(ready)
     ready.refresh()
@@ -185,51 +185,8 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _spell_attention(program: Program) -> None:
-    """Write attention as products and a softmax: the exporter's own decomposition fails on some.
-
-    ``softmax(q k' * scale + mask) v``, exact for additive and boolean masks, causal ones, and
-    query heads that share keys.
-    """
-    for node in list(program.graph.nodes):
-        if node.target is aten.scaled_dot_product_attention.default:
-            _spell_one(program, node)
-
-
 def _spell_averages(program: Program) -> None:
     """Write averages over all places as such: the exporter gathers and reshapes around them."""
     for node in list(program.graph.nodes):
         if node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
             replace_node(program, node, insert_call(program, node, GLOBAL_AVERAGE, node.args[:1]))
-
-
-def _spell_one(program: Program, node: fx.Node) -> None:
-    given = arguments(node)
-    query, key, value, mask = (given[name] for name in ("query", "key", "value", "attn_mask"))
-    shape, keys = query.meta["val"].shape, key.meta["val"].shape
-    scale = given["scale"]
-    scale = 1 / math.sqrt(shape[-1]) if scale is None else scale
-
-    def call(target: Any, *args: Any) -> fx.Node:
-        return insert_call(program, node, target, args)
-
-    if given["enable_gqa"] and shape[-3] != keys[-3]:
-        times = shape[-3] // keys[-3]
-        key, value = (call(aten.repeat_interleave.self_int, x, times, -3) for x in (key, value))
-    scores = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1))
-    scores = call(aten.mul.Tensor, scores, scale)
-    if given["is_causal"]:
-        allowed = torch.ones(shape[-2], keys[-2], dtype=torch.bool).tril()
-        blocked = torch.zeros(allowed.shape).masked_fill(~allowed, -math.inf)
-        name = f"causal_mask_{node.name}"
-        program.graph_module.register_buffer(name, blocked.to(query.meta["val"].dtype))
-        with program.graph.inserting_before(node):
-            mask = program.graph.get_attr(name)
-    elif isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool:
-        hidden = call(aten.logical_not.default, mask)
-        zeros = call(aten.zeros_like.default, scores)
-        mask = call(aten.masked_fill.Scalar, zeros, hidden, -math.inf)
-    if mask is not None:
-        scores = call(aten.add.Tensor, scores, mask)
-    weights = call(aten.softmax.int, scores, -1)
-    replace_node(program, node, call(aten.matmul.default, weights, value))

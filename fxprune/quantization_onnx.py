@@ -138,6 +138,8 @@ def _reads_codes(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> 
     codes = [source for source in sources if source.op_type == "DequantizeLinear"]
     if node.op_type == "Add":
         return len(codes) == 2
+    if len(codes) == len(node.input) == 2 and all(one.input[0] in makers for one in codes):
+        return True  # a product of activations
     return any(source.input[0] not in makers for source in codes) and len(codes) > 1
 
 

@@ -29,7 +29,8 @@ class Pattern:
         operators: what it is called in a program.
         weight: which argument is a stored weight; None where all tensors are activations.
         output: it fuses only if its output, after a clamp at most, becomes codes too.
-        follows: it is worth it only where every input comes from codes already.
+        follows: it is worth it only where every input comes from codes already; one that neither
+            follows nor has a weight runs on codes only where that is asked for.
 
     """
 
@@ -43,6 +44,7 @@ class Pattern:
 BACKEND: tuple[Pattern, ...] = (
     Pattern("Conv", (aten.conv1d, aten.conv2d, aten.conv3d), weight=1),
     Pattern("Gemm", (aten.linear,), weight=1, output=False),
+    Pattern("MatMul", (aten.matmul, aten.bmm), output=False),
     Pattern("Add", (aten.add,), follows=True),
     Pattern("AveragePool", (aten.avg_pool2d, aten.adaptive_avg_pool2d), follows=True),
 )
@@ -69,6 +71,8 @@ def _suits(node: fx.Node, pattern: Pattern) -> bool:
     if pattern.weight is not None:
         return True
     inputs = list(sources(node))
+    if not pattern.follows:  # a product of activations
+        return len(set(inputs)) == 2 and all(item.op == "call_function" for item in inputs)
     if packet_of(node) is aten.add:
         return len(inputs) == 2 and argument(node, "alpha") == 1 and len(set(inputs)) == 2
     if packet_of(node) is aten.adaptive_avg_pool2d:
@@ -86,6 +90,12 @@ def sources(node: fx.Node) -> Iterator[fx.Node]:
         value = item.meta.get("val")
         if isinstance(value, Tensor) and value.is_floating_point():
             yield item
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a node multiplies two activations, as attention does."""
+    pattern = pattern_of(node)
+    return pattern is not None and pattern.weight is None and not pattern.follows
 
 
 def weight_name(layer: fx.Node) -> str:
@@ -156,7 +166,10 @@ class Placement:
 
 
 def place(program: Program, layers: frozenset[fx.Node]) -> Placement:
-    """Decide which values become codes, so that these layers and what lies between them fuse."""
+    """Decide which values become codes, so that these layers and what lies between them fuse.
+
+    Products of activations run on codes where they are among the layers.
+    """
     coded: set[fx.Node] = set()  # values that come out of fused nodes, or moves of such
     read: dict[fx.Node, list[fx.Node]] = {}  # by value, who wants codes of it
     others = []
@@ -176,7 +189,7 @@ def place(program: Program, layers: frozenset[fx.Node]) -> Placement:
 
 
 def _runs(node: fx.Node, pattern: Pattern, layers: frozenset[fx.Node], coded: set[fx.Node]) -> bool:
-    if pattern.weight is not None:
+    if not pattern.follows:
         return node in layers
     return all(source in coded for source in sources(node))
 
@@ -212,7 +225,7 @@ def _rooted(
             for other in rest:
                 parent[find(other)] = find(first)
     return Placement(
-        tuple(node for node in program.graph.nodes if node in layers),
+        tuple(node for node in program.graph.nodes if node in layers and not is_product(node)),
         others,
         {node: tuple(node.users) if node in coded else tuple(read[node]) for node in roots},
         {node: find(node).name for node in roots},

@@ -10,7 +10,7 @@ from fxprune.context import Context
 from fxprune.facts import OBSERVED, Quantized
 from fxprune.program import Program
 from fxprune.quantization import observe, sites
-from fxprune.quantization_patterns import place, weight_name
+from fxprune.quantization_patterns import is_product, place, weight_name
 from fxprune.quantization_sensitivity import disagreement, rounding_costs, to_recover
 from fxprune.surgery import replace_node
 
@@ -43,7 +43,8 @@ def leave_in_floats(program: Program, weights: Collection[str]) -> int:
     kept = frozenset(
         node
         for node in program.graph.nodes
-        if node.name in quantized.layers and id(program.tensor(weight_name(node))) not in doomed
+        if (node.name in quantized.layers and id(program.tensor(weight_name(node))) not in doomed)
+        or (node.name in quantized.others and is_product(node))
     )
     placement = place(program, kept)
     layers = {node.name: weight_name(node) for node in placement.layers}

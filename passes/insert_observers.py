@@ -40,8 +40,9 @@ from fxprune.pipeline import Facts, Outcome, Pass, Skip
 from fxprune.program import Program
 from fxprune.quantization import observe, sites, sums_overflow
 from fxprune.quantization_ops import DEQUANTIZE, FAKE_QUANTIZE
-from fxprune.quantization_patterns import is_depthwise, pattern_of, place, weight_name
+from fxprune.quantization_patterns import is_depthwise, is_product, pattern_of, place, weight_name
 from fxprune.quantization_timing import Pace, paces
+from fxprune.spelling import spell_attention, spell_means
 
 aten = torch.ops.aten
 REDUCED_NOTE = (
@@ -60,6 +61,7 @@ class InsertObservers(Pass):
             than it saves on every processor that it was measured on.
         reduce_range: keep sums of two products within 16 bits by smaller weights, as processors
             without 8-bit dot products need; by default, where this is one.
+        attention: quantise products of two activations too; softmax stays in floating point.
         measure: time layers in ONNX Runtime on codes and on floats, and leave in floating point
             those that lose by codes, conversions around them counted.
 
@@ -68,6 +70,7 @@ class InsertObservers(Pass):
     fp32: tuple[str, ...] = ()
     depthwise: bool = True
     reduce_range: bool | None = None
+    attention: bool = False
     measure: bool = False
 
     name: ClassVar[str] = "insert-observers"
@@ -75,7 +78,7 @@ class InsertObservers(Pass):
     gives: ClassVar[Facts] = frozenset({OBSERVED})
 
     def run(self, program: Program, context: Context) -> Outcome:
-        """Insert; changes counts observers."""
+        """Insert; changes counts observers, and nodes that were spelled in other words for them."""
         present = {DEQUANTIZE, FAKE_QUANTIZE}
         if sites(program) or any(node.target in present for node in program.graph.nodes):
             return Outcome()
@@ -94,7 +97,9 @@ class InsertObservers(Pass):
             timed = paces(program, chosen, context.threads, context.progress)
         slow = {node: pace for node, pace in timed.items() if not pace.coded}
         skips += [Skip(node.name, _slowness(pace)) for node, pace in slow.items()]
-        placement = place(program, frozenset(chosen - slow.keys()))
+        spelled = self._spell(program) if chosen else 0
+        products = {node for node in program.graph.nodes if self.attention and is_product(node)}
+        placement = place(program, frozenset(chosen - slow.keys() | products))
         layers = {node.name: weight_name(node) for node in placement.layers}
         others = tuple(node.name for node in placement.others)
         reduced = sums_overflow() if self.reduce_range is None else self.reduce_range
@@ -104,7 +109,14 @@ class InsertObservers(Pass):
         details: dict[str, Any] = {"layers": len(layers), "others": len(others), "notes": notes}
         if timed:
             details["tables"] = [_times(timed)]
-        return Outcome(count, tuple(skips), details)
+        return Outcome(count + spelled, tuple(skips), details)
+
+    def _spell(self, program: Program) -> int:
+        """Write what is to run on codes in operators that the table knows; returns how many."""
+        spelled = spell_means(program) + (spell_attention(program) if self.attention else 0)
+        if spelled:
+            program.refresh()
+        return spelled
 
     def _obstacle(self, program: Program, layer: fx.Node) -> str | None:
         weight = layer.args[1]

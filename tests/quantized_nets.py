@@ -66,3 +66,28 @@ def converted() -> tuple[Program, Context]:
     program, context = calibrated()
     ConvertQuantized()(program, context)
     return program, context
+
+
+class Attention(nn.Module):
+    """Two heads of attention between linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def attention(**options: object) -> tuple[Program, Context]:
+    """Attention on codes."""
+    torch.manual_seed(0)
+    x = 2 * torch.randn(64, 6, 8)
+    program = trace(Attention(), x[:2])
+    context = Context(Data(Arrays(x)), dense=program.copy())
+    InsertObservers(**options)(program, context)  # type: ignore[arg-type]
+    TrainQuantized(samples=64)(program, context)
+    ConvertQuantized()(program, context)
+    return program, context

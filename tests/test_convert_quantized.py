@@ -4,14 +4,16 @@ from pathlib import Path
 
 import onnx
 import onnxruntime
+import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from quantized_nets import Shortcuts, calibrated, converted, shortcuts
+from quantized_nets import Shortcuts, attention, calibrated, converted, shortcuts
 from support import relative_error
 from torch import nn
 
 import fxprune
 from fxprune.cost import cost
+from fxprune.data import batches
 from fxprune.export import export_onnx
 from fxprune.graph_text import graph_text
 from fxprune.passes import ConvertQuantized, InsertObservers, TrainQuantized
@@ -153,3 +155,18 @@ def test_a_node_that_does_not_fuse_is_named(tmp_path: Path) -> None:
     assert (check.passed, check.value) == (False, 1)
     assert check.note is not None
     assert "w.weight" in check.note
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_products_of_activations_run_on_codes_where_asked_for(
+    tmp_path: Path, products: bool
+) -> None:
+    program, context = attention(attention=products)
+    (batch,) = batches(context.samples.calibration, 64)
+    assert context.dense is not None
+    with torch.no_grad():
+        assert relative_error(program(*batch.inputs), context.dense(*batch.inputs)) < 0.1
+    export_onnx(program, tmp_path / "a.onnx")
+    fusion = inspect_fusion(tmp_path / "a.onnx")
+    assert fusion.unfused == ()
+    assert sum(fusion.fused.values()) == (4 if products else 2)
