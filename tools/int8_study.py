@@ -3,7 +3,7 @@
     python -m tools.int8_study FOLDER [--only resnet20,vit] [--evaluate 1000] [--calibrate 512]
                                [--methods MinMax,Entropy,Percentile] [--epochs 0]
                                [--train 10000] [--macs 50%] [--seconds 5] [--no-depthwise]
-                               [--measure] [--rows FILE]
+                               [--measure] [--adaptive] [--attention] [--rows FILE]
 
 Networks whose rows are in the file of ``--rows``, from the same options, are not studied again, so
 that a run can be interrupted and taken up. resnet18 and resnet50 have random weights and images:
@@ -12,7 +12,8 @@ Every variant of a network calibrates and is measured on the same images, in ONN
 are timed in turns. The other quantiser,
 ``onnxruntime.quantization.quantize_static``, gets the same FP32 file after its own preprocessing,
 8-bit activations, 8-bit weights per channel, and each of its calibration methods (all but MinMax
-keep the activations of every image in memory).
+keep the activations of every image in memory). The column ``error`` is the mean squared difference
+of a variant's outputs from those of the FP32 file, relative to their mean square.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Subset
 
 from fxprune.compat import enable_torchvision
 from fxprune.context import Context
 from fxprune.data import batches
 from fxprune.datasets import Samples
-from fxprune.evaluate import class_axis, evaluate, run_onnx, run_program
+from fxprune.evaluate import class_axis, run_onnx, run_program
 from fxprune.export import export_onnx
 from fxprune.latency import compare
 from fxprune.passes import (
@@ -51,6 +53,7 @@ from fxprune.quantization_onnx import inspect_fusion
 from tools.int8_cases import CASES, Case, load, shuffled
 
 METHODS = "MinMax,Entropy,Percentile"
+AGREED = 1000  # images on which PyTorch and ONNX Runtime are compared
 
 
 def other_quantiser(
@@ -103,12 +106,20 @@ def ours(
     in_torch, in_onnx = run_program(small), run_onnx(path)
     same = []
     assert context.samples.eval is not None
-    for batch in batches(context.samples.eval, 64):
+    for batch in batches(context.samples.eval, 64, limit=AGREED):
         with torch.no_grad():
             ours, theirs = in_torch(batch.inputs), in_onnx(batch.inputs)
         axis = class_axis(ours)
         same.append((ours.argmax(axis) == theirs.argmax(axis)).flatten())
     return float(torch.cat(same).double().mean())
+
+
+def outputs(path: Path, samples: Samples) -> tuple[Tensor, Tensor]:
+    """What ONNX Runtime makes of samples, and their labels."""
+    run = run_onnx(path, threads=1)
+    pairs = [(run(batch.inputs).double(), batch.target) for batch in batches(samples, 64)]
+    found, labels = zip(*pairs, strict=True)
+    return torch.cat(found), torch.cat(labels)
 
 
 def variants(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -119,6 +130,10 @@ def variants(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         found["fxprune, depthwise in floats"] = {**plain, "placing": {"depthwise": False}}
     if options.measure:
         found["fxprune, by measured benefit"] = {**plain, "placing": {"measure": True}}
+    if options.adaptive:
+        found["fxprune, adaptive rounding"] = {**plain, "rounding": "adaptive"}
+    if options.attention:
+        found["fxprune, attention on codes"] = {**plain, "placing": {"attention": True}}
     if options.epochs:
         found[f"fxprune, {options.epochs} epochs"] = {**plain, "epochs": options.epochs}
     return found
@@ -145,11 +160,15 @@ def study(folder: Path, case: Case, options: argparse.Namespace) -> Iterator[lis
             files[name] = Path(scratch) / f"{name}.onnx"
             agreement[name] = ours(program, context, files[name], **given)
         times = compare(files, seconds=options.seconds)
+        exact, labels = outputs(files["FP32"], unseen)
         for name, path in files.items():
-            accuracy = evaluate(run_onnx(path), unseen).accuracy
+            found = exact if name == "FP32" else outputs(path, unseen)[0]
+            accuracy = float((found.argmax(class_axis(found)) == labels).double().mean())
+            error = float((found - exact).square().mean() / exact.square().mean())
             fusion = inspect_fusion(path)
             yield [
-                name, f"{accuracy:.2%}", f"{agreement[name]:.2%}" if name in agreement else "-",
+                name, f"{accuracy:.2%}", f"{error:.2e}",
+                f"{agreement[name]:.2%}" if name in agreement else "-",
                 f"{times[name].median_ms:.3f}", f"{times[name].speedup:.2f}",
                 f"{path.stat().st_size / files['FP32'].stat().st_size:.1%}",
                 f"{sum(fusion.fused.values())}/{len(fusion.unfused)}",
@@ -168,6 +187,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--train", type=int, default=10000)
     parser.add_argument("--measure", action="store_true", help="try opt-outs by measured benefit")
+    parser.add_argument("--adaptive", action="store_true", help="try adaptive rounding")
+    parser.add_argument("--attention", action="store_true", help="try attention on codes")
     parser.add_argument("--rows", type=Path, help="file that rows are kept in and taken from")
     parser.add_argument("--macs", help="prune to this first")
     parser.add_argument("--seconds", type=float, default=5)
@@ -177,6 +198,7 @@ def main() -> None:
         "network",
         "variant",
         "accuracy",
+        "error",
         "as PyTorch",
         "ms",
         "speed-up",
