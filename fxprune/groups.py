@@ -56,7 +56,8 @@ class Group:
 
     def places(self, slot: Slot) -> tuple[Ints, Ints]:
         """Return unit numbers and indices along a slot, pairwise, by rising unit number."""
-        return self._places[slot]
+        units, indices = self._places[slot]
+        return units.astype(np.int64), indices.astype(np.int64)
 
     def multiplicity(self, slot: Slot) -> int:
         """How many indices of a slot each unit occupies."""
@@ -128,24 +129,24 @@ def _collect(flow: Flow, component: Ints, reasons: Ints, prefer: Preference) -> 
     slots = list(flow.slots)
     identities = np.concatenate([flow.slots[slot].numpy() for slot in slots] or [np.zeros(0, int)])
     sizes = [flow.slots[slot].numel() for slot in slots]
-    place_slot = np.repeat(np.arange(len(slots)), sizes)
-    place_index = np.concatenate([np.arange(size) for size in sizes] or [np.zeros(0, int)])
+    place_slot = np.repeat(np.arange(len(slots), dtype=np.int32), sizes)
+    place_index = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes] or [identities])
     place_component = component[identities]
-    signature = _signatures(place_component, place_slot, len(component))
+    signature = _signatures(place_component, place_slot, len(reasons))
     mixed = _mixed_by(flow, component)
 
     present = np.unique(place_component)
-    key = np.stack([signature[present], (reasons[present] >= 0).astype(np.uint64)], 1)
-    _, member = np.unique(key, axis=0, return_inverse=True)
-    group_of = np.full(len(component), -1)
-    group_of[present] = member.reshape(-1)
+    key = signature[present]
+    np.invert(key, out=key, where=reasons[present] >= 0)
+    group_of = np.full(len(reasons), -1, dtype=np.int32)
+    group_of[present] = np.unique(key, return_inverse=True)[1]
 
     place_group = group_of[place_component]
-    order = np.lexsort((place_index, place_slot, place_group))  # group by group, slot by slot
-    _, starts = np.unique(place_group[order], return_index=True)
-    parts = np.split(order, starts[1:])
+    order = np.argsort(place_group, kind="stable")  # group by group, slot by slot
+    starts = np.flatnonzero(np.diff(place_group[order])) + 1
+    parts = np.split(order, starts) if len(order) else []
     parts.sort(key=lambda places: place_slot[places[:1]].tolist())  # by the first slot of each
-    numbers = np.full(len(component), -1)  # of units within their group
+    numbers = np.full(len(reasons), -1, dtype=np.int32)  # of units within their group
     is_literal = np.array([slot.tensor.startswith("node:") for slot in slots], dtype=bool)
     groups, taken = [], set[str]()
     for places in parts:

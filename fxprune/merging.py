@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-Ints = NDArray[np.int64]
+EDGES = 2**16  # pairs that are resolved at once
+Ints = NDArray[np.signedinteger[Any]]
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,14 @@ class Merges:
             froze it first, or -1.
 
         """
-        left = _join([pair[0] for pair in self.pairs])
-        right = _join([pair[1] for pair in self.pairs])
-        met = (left != 0) & (right != 0)
-        edges = coo_array(
-            (np.ones(int(met.sum()), dtype=np.int8), (left[met], right[met])),
-            shape=(self.count, self.count),
-        )
-        total, component = connected_components(edges, directed=False)
-        reason = np.full(total, len(self.reasons), dtype=np.int64)
+        component: Ints = np.arange(self.count, dtype=np.int32)
+        for left, right in self._edges():
+            nodes = int(component.max()) + 1
+            ends = component[left], component[right]
+            edges = coo_array((np.ones(len(left)), ends), shape=(nodes, nodes))
+            component = connected_components(edges, directed=False)[1][component]
+        total = int(component.max()) + 1
+        reason = np.full(total, len(self.reasons), dtype=np.int32)
         if self.frozen:
             ids = _join([entry[0] for entry in self.frozen])
             number = np.repeat(
@@ -84,11 +86,20 @@ class Merges:
             )
             np.minimum.at(reason, component[ids], number)
         reason[reason == len(self.reasons)] = -1
-        return component.astype(np.int64), reason
+        return component, reason
+
+    def _edges(self) -> Iterator[tuple[Ints, Ints]]:
+        """Yield the ends of all pairs, a limited number at once."""
+        sizes = np.cumsum([left.numel() for left, _ in self.pairs])
+        for _, part in groupby(zip(self.pairs, sizes // EDGES, strict=True), lambda item: item[1]):
+            lefts, rights = zip(*(pair for pair, _ in part), strict=True)
+            left, right = _join(lefts), _join(rights)
+            met = (left != 0) & (right != 0) & (left != right)
+            yield left[met], right[met]
 
 
-def _join(parts: list[Tensor]) -> Ints:
+def _join(parts: Sequence[Tensor]) -> Ints:
     if not parts:
-        return np.zeros(0, dtype=np.int64)
-    joined: Ints = torch.cat([part.reshape(-1) for part in parts]).to(torch.int64).numpy()
+        return np.zeros(0, dtype=np.int32)
+    joined: Ints = torch.cat([part.reshape(-1) for part in parts]).numpy()
     return joined
