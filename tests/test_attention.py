@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import fxprune
 from fxprune.choices import Preference
 from fxprune.context import Context
+from fxprune.facts import Slot
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
 
 
@@ -147,3 +148,32 @@ def test_one_head_of_keys_and_values(prefer: Preference, units: list[int]) -> No
     found = fxprune.verify_removal(program, {group: [0, 2] for group in groups})
     assert found.error is not None
     assert found.error <= 1e-10
+
+
+class GroupedQuery(nn.Module):
+    """Six query heads share two heads of keys and values, three each (arXiv 2305.13245)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.pair, self.out = nn.Linear(24, 24), nn.Linear(24, 16), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.query(x).unflatten(-1, (6, 4)).transpose(1, 2)
+        k, v = self.pair(x).unflatten(-1, (2, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        result: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return result
+
+
+@pytest.mark.parametrize("prefer", ["heads", "head_dim"])
+def test_query_heads_go_with_the_keys_that_they_share(prefer: Preference) -> None:
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    program = trace(GroupedQuery().double(), x)
+    groups = [g for g in fxprune.find_groups(program, prefer) if g.frozen_because is None]
+    assert [len(group.units) for group in groups] == [2 if prefer == "heads" else 4]
+    found = fxprune.verify_removal(program, {group: [0] for group in groups})
+    assert found.error is not None
+    assert found.error <= 1e-10
+    if prefer == "heads":  # the first three query heads, and nothing of the others
+        indices = groups[0].places(Slot("query.weight", 0))[1][:12]
+        assert sorted(indices.tolist()) == list(range(12))

@@ -84,18 +84,25 @@ MUTANTS = (
         REMOVAL,
     ),
     Mutant(
+        "reshape: a position may belong to two units",
+        "fxprune/rules/movement.py",
+        "return Labels(shape, flow.sole(node, layers))",
+        "return Labels(shape, flow.sole(node, ()) + layers)",
+        "tests/test_attention.py",
+    ),
+    Mutant(
         "attention: grouped queries meet keys in the wrong order",
         "fxprune/rules/contraction.py",
         "layer.ids.repeat_interleave(times)",
         "layer.ids.repeat(times)",
-        REMOVAL,
+        "tests/test_attention.py",
     ),
     Mutant(
         "attention: the scale follows the head's width",
         "fxprune/repair.py",
         'node.update_kwarg("scale", 1.0 / math.sqrt(width))',
         'node.update_kwarg("scale", None)',
-        REMOVAL,
+        "tests/test_attention.py",
     ),
     Mutant(
         "pad: what is cut from the front is counted at the back",
