@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fxprune.context import Context
 from fxprune.data import batches
 from fxprune.evaluate import fixed_batch
-from fxprune.facts import MASKS, REMOVED
+from fxprune.facts import MASKS, PLAN, REMOVED
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
 from fxprune.program import Program
 from fxprune.surgery import set_tensor
@@ -46,7 +46,7 @@ class RecalibrateNorms(Pass):
     batch_size: int = 128
 
     name: ClassVar[str] = "recalibrate-norms"
-    keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS})
+    keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS, PLAN})
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Measure and replace; changes counts the norms."""

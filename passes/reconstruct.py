@@ -37,7 +37,7 @@ from fxprune.context import Context
 from fxprune.data import batches
 from fxprune.errors import InputError
 from fxprune.evaluate import fixed_batch
-from fxprune.facts import MASKS, REMOVED
+from fxprune.facts import MASKS, PLAN, REMOVED
 from fxprune.lookahead import Curvature, Solver
 from fxprune.menders import Settings
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
@@ -89,7 +89,7 @@ class Reconstruct(Pass):
     only: tuple[str, ...] = ()
 
     name: ClassVar[str] = "reconstruct"
-    keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS})
+    keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS, PLAN})
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Re-fit; changes counts layers."""

@@ -21,7 +21,17 @@ from fxprune.export import export_onnx
 from fxprune.facts import PLAN, REMOVED, Plan
 from fxprune.graph_text import graph_text
 from fxprune.groups import find_groups
-from fxprune.passes import Finetune, FoldBatchNorm, ImplantLowRank, RecalibrateNorms, RemoveChannels
+from fxprune.passes import (
+    ConvertQuantized,
+    Finetune,
+    FoldBatchNorm,
+    ImplantLowRank,
+    InsertObservers,
+    RecalibrateNorms,
+    Reconstruct,
+    RemoveChannels,
+    TrainQuantized,
+)
 from fxprune.pipeline import Outcome
 from fxprune.program import Program
 from fxprune.serialize import load, save
@@ -139,6 +149,38 @@ def test_what_comes_later_works(kind: Any, tmp_path: Path) -> None:
     assert "Concat" in operators
     assert not {"Gather", "GatherElements", "GatherND", "ScatterND", "ScatterElements"} & operators
     assert relative_error(run_onnx(tmp_path / "model.onnx")((X,)), program(X).detach()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("units", "kind"), [(range(8, 16), "pointwise"), (range(16), "low-rank:5")]
+)
+def test_implants_are_reconstructed_and_quantised(units: Any, kind: str, tmp_path: Path) -> None:
+    program = planned({"one.weight:0": (), "two.weight:0": ()})
+    dense = program.copy()
+    program.put(
+        PLAN,
+        Plan({"stem.weight:0": (3,)}, {"one.weight:0": tuple(units)}, kinds={"one.weight": kind}),
+    )
+    context = replace(CONTEXT, dense=dense)
+    for step in (RemoveChannels(), RecalibrateNorms(), Reconstruct(batch_size=8)):
+        step(program, context)
+    assert ImplantLowRank()(program, context).changes == 1
+    RecalibrateNorms()(program, context)
+    before = (program(X) - dense(X)).square().mean()
+    done = Reconstruct(batch_size=8)(program, context)
+    assert done.changes
+    assert (program(X) - dense(X)).square().mean() < before
+    assert all("could be compared" in skip.reason for skip in done.skips)
+    finish = (
+        Finetune(epochs=1, batch_size=8, lr=1e-4), FoldBatchNorm(), InsertObservers(),
+        TrainQuantized(epochs=1), ConvertQuantized(),
+    )  # fmt: skip
+    for later in finish:
+        later(program, context)
+    assert not [node for node in program.graph.nodes if "batch_norm" in str(node.target)]
+    export_onnx(program, tmp_path / "model.onnx")
+    with torch.no_grad():
+        assert relative_error(run_onnx(tmp_path / "model.onnx")((X,)), program(X)) < 0.05
 
 
 def test_implants_of_linear_layers() -> None:
