@@ -16,7 +16,7 @@ from fxprune.calls import arguments, packet_of
 from fxprune.facts import Slot
 from fxprune.groups import Group
 from fxprune.program import Program, shape_of
-from fxprune.region import MOVES
+from fxprune.region import IDENTITIES, MOVES
 
 aten = torch.ops.aten
 PADS = (aten.pad, aten.constant_pad_nd)
@@ -68,6 +68,19 @@ def attentions(program: Program) -> list[Attention]:
         for node in program.graph.nodes
         if packet_of(node) is aten.scaled_dot_product_attention
     ]
+
+
+def written_out(program: Program) -> list[fx.Node]:
+    """Return the softmaxes of attention that is written as products of its own."""
+    found = []
+    for node in program.graph.nodes:
+        last = node
+        while len(last.users) == 1 and packet_of(next(iter(last.users))) in IDENTITIES:
+            (last,) = last.users
+        products = {packet_of(user) for user in last.users} & {aten.matmul, aten.bmm, aten.einsum}
+        if packet_of(node) is aten.softmax and products:
+            found.append(node)
+    return found
 
 
 def _attention(program: Program, node: fx.Node) -> Attention:

@@ -32,7 +32,7 @@ from typing import Any, ClassVar, Literal
 from torch import fx
 
 from fxprune.attention_cuts import Cut, Draft, Product, cuts_of
-from fxprune.attention_places import Attention, attentions
+from fxprune.attention_places import Attention, attentions, written_out
 from fxprune.attention_ranks import (
     Basis,
     HeadMoments,
@@ -52,6 +52,10 @@ from fxprune.program import Program
 from fxprune.removal import remove_units
 from fxprune.surgery import insert_call, replace_node
 
+WRITTEN_OUT = (
+    "this attention is written out as products and a softmax; build the model so that it calls "
+    "scaled_dot_product_attention (Hugging Face: attn_implementation='sdpa')"
+)
 Moments = dict[tuple[str, str], HeadMoments]
 
 
@@ -89,11 +93,12 @@ class ImplantAttention(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         """Change bases and cut; changes counts products."""
         found = attentions(program)
+        skips = [Skip(node.name, WRITTEN_OUT) for node in written_out(program)]
         if not found:
-            return Outcome(0, ())
+            return Outcome(0, tuple(skips))
         moments = measure_heads(program, found, context, self.samples, self.batch_size)
         groups = find_groups(program, prefer="head_dim")
-        cuts, skips = list[Cut](), list[Skip]()
+        cuts = list[Cut]()
         for attention in found:
             tried = [self._draft(program, attention, each, moments) for each in self._products]
             skips += [draft for draft in tried if isinstance(draft, Skip)]

@@ -243,6 +243,15 @@ class Beside(Attend):
         return torch.add(super().forward(x), self.qkv(x)[..., :16])
 
 
+class Written(Attend):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.view(*x.shape[:2], 2, 8).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)
+        )
+        shares = F.dropout((q @ k.transpose(2, 3) / 8).softmax(-1), 0.1, self.training)
+        return torch.add(self.proj((shares @ v).transpose(1, 2).flatten(2)), x)
+
+
 @pytest.mark.parametrize(
     ("attend", "product", "reason"),
     [
@@ -250,6 +259,7 @@ class Beside(Attend):
         (Grouped(), "query-key", "several heads share"),
         (Beside(), "value", "shared with another layer"),
         (Attend(), "value", "shrink alike"),
+        (Written(), "both", "written out"),
     ],
 )
 def test_declines(attend: nn.Module, product: str, reason: str) -> None:
