@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -170,3 +171,22 @@ def test_products_of_activations_run_on_codes_where_asked_for(
     fusion = inspect_fusion(tmp_path / "a.onnx")
     assert fusion.unfused == ()
     assert sum(fusion.fused.values()) == (4 if products else 2)
+
+
+def test_a_product_of_activations_that_did_not_fuse_is_named(tmp_path: Path) -> None:
+    scale = numpy_helper.from_array(np.float32(0.1), "scale")
+    zero = numpy_helper.from_array(np.uint16(0), "zero")  # no kernel takes codes of 16 bits
+    nodes = [
+        helper.make_node(operator, [name + before, "scale", "zero"], [name + after])
+        for name in "xy"
+        for operator, before, after in (
+            ("QuantizeLinear", "", "_codes"),
+            ("DequantizeLinear", "_codes", "_again"),
+        )
+    ]
+    nodes.append(helper.make_node("MatMul", ["x_again", "y_again"], ["z"], "product"))
+    slots = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in "xyz"]
+    graph = helper.make_graph(nodes, "g", slots[:2], slots[2:], [scale, zero])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, str(tmp_path / "a.onnx"))
+    assert inspect_fusion(tmp_path / "a.onnx").unfused == ("product",)
