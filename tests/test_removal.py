@@ -104,6 +104,23 @@ def test_padded_shortcuts_are_removable_and_their_padding_shrinks() -> None:
     assert_same(program(x), expected)
 
 
+@pytest.mark.parametrize(("groups", "units"), [(8, 8), (4, 4)])
+def test_groups_of_a_norm_go_whole(groups: int, units: int) -> None:
+    norm = nn.GroupNorm(groups, 8)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Conv2d(8, 2, 3)).double()
+    program = trace(model, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    (group,) = removable(program)
+    assert len(group.units) == units
+    found = fxprune.verify_removal(program, {group: [0, 2]})
+    assert found.error is not None
+    assert found.error <= 1e-10
+    fxprune.remove_units(program, {group: [0, 2]})
+    (node,) = [node for node in program.graph.nodes if "group_norm" in str(node.target)]
+    assert node.args[1] == groups - 2
+
+
 def test_removing_nothing_changes_nothing() -> None:
     program = trace(PaddedShortcut(), torch.randn(1, 3, 8, 8))
     before = {name: t.clone() for name, t in program.graph_module.state_dict().items()}
