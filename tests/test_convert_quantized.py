@@ -174,8 +174,8 @@ def test_products_of_activations_run_on_codes_where_asked_for(
 
 
 def test_a_product_of_activations_that_did_not_fuse_is_named(tmp_path: Path) -> None:
-    scale = numpy_helper.from_array(np.float32(0.1), "scale")
-    zero = numpy_helper.from_array(np.uint16(0), "zero")  # no kernel takes codes of 16 bits
+    scale = numpy_helper.from_array(np.array(0.1, np.float32), "scale")
+    zero = numpy_helper.from_array(np.array(0, np.uint16), "zero")  # 16 bits fuse nowhere
     nodes = [
         helper.make_node(operator, [name + before, "scale", "zero"], [name + after])
         for name in "xy"
