@@ -30,7 +30,7 @@ from fxprune.quantization_onnx import (
     is_quantized,
     shield_floats,
 )
-from fxprune.spelling import spell_attention
+from fxprune.spelling import spell_attention, spell_clamps
 from fxprune.surgery import insert_call, replace_node
 from fxprune.verify import relative_error
 
@@ -73,6 +73,7 @@ def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> Ex
     path = Path(path)
     ready = program.copy().to("cpu").eval()
     spell_attention(ready)
+    spell_clamps(ready)
     _spell_averages(ready)
     shield_floats(ready)
     ready.refresh()

@@ -60,6 +60,29 @@ def _spell_one(program: Program, node: fx.Node) -> None:
     replace_node(program, node, call(aten.matmul.default, weights, value))
 
 
+def spell_clamps(program: Program) -> int:
+    """Write bounds that are stored scalars as numbers; returns how many clamps had such.
+
+    The exporter writes them as minima and maxima, whose fusion into one clip (ONNX Script 0.7)
+    loses bounds where several clamps read one value.
+    """
+    found = [node for node in program.graph.nodes if node.target is aten.clamp.Tensor]
+    count = 0
+    for node in found:
+        given = arguments(node)
+        bounds = [given[name] for name in ("min", "max")]
+        stored = [bound for bound in bounds if bound is not None]
+        if all(bound.op == "get_attr" and bound.meta["val"].dim() == 0 for bound in stored):
+            low, high = (
+                None if bound is None else program.tensor(str(bound.target)).item()
+                for bound in bounds
+            )
+            call = insert_call(program, node, aten.clamp.default, (given["self"], low, high))
+            replace_node(program, node, call)
+            count += 1
+    return count
+
+
 def spell_means(program: Program) -> int:
     """Write means over all places of images as average pooling; returns how many."""
     found = [node for node in program.graph.nodes if _averages_places(node)]

@@ -61,6 +61,13 @@ def test_a_large_ridge_leaves_the_weights_alone() -> None:
     assert float(change.abs().max()) < 1e-6
 
 
+def test_the_ridge_is_relative_to_the_features() -> None:
+    x, r = problem()
+    plain, _ = solve(moments(x, r), 0.1, bias=False)
+    large, _ = solve(moments(1000 * x, r), 0.1, bias=False)
+    np.testing.assert_allclose(1000 * large, plain, rtol=1e-9)
+
+
 def test_features_that_never_vary_do_no_harm() -> None:
     x, r = problem()
     x[:, 2] = 0

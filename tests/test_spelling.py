@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from support import assert_same, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.spelling import spell_attention, spell_means
+from fxprune.export import export_onnx
+from fxprune.spelling import spell_attention, spell_clamps, spell_means
 
 
 class Mean(nn.Module):
@@ -44,3 +47,36 @@ def test_attention_becomes_products() -> None:
     program.refresh()
     assert_same(program(x), Attend()(x))
     assert sum("matmul" in str(node.target) for node in program.graph.nodes) == 2
+
+
+class Clamped(nn.Module):
+    """Two layers read one value, each within bounds that are stored."""
+
+    low: Tensor
+    high: Tensor
+    none: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 4), nn.Linear(8, 4)
+        self.register_buffer("low", torch.tensor(-1.0))
+        self.register_buffer("high", torch.tensor(1.5))
+        self.register_buffer("none", torch.tensor(float("inf")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        first = self.one(torch.clamp(y, self.low, self.high))
+        second = self.two(torch.clamp(y, -self.none, self.none))
+        return first + second * torch.clamp(first, self.low)
+
+
+def test_clamps_by_stored_bounds_survive_the_export(tmp_path: Path) -> None:
+    x = torch.randn(3, 8)
+    program = trace(Clamped(), x)
+    expected = program(x)
+    check = export_onnx(program, tmp_path / "model.onnx")
+    assert check.parity is not None
+    assert check.parity <= 1e-6
+    assert spell_clamps(program) == 2  # the bound of the third is computed
+    program.refresh()
+    assert_same(program(x), expected)
