@@ -67,7 +67,8 @@ class Clamped(nn.Module):
         y = x * 2
         first = self.one(torch.clamp(y, self.low, self.high))
         second = self.two(torch.clamp(y, -self.none, self.none))
-        return first + second * torch.clamp(first, self.low)
+        result: Tensor = first + second * torch.clamp(first, self.low)
+        return result
 
 
 def test_clamps_by_stored_bounds_survive_the_export(tmp_path: Path) -> None:
