@@ -121,6 +121,40 @@ def test_groups_of_a_norm_go_whole(groups: int, units: int) -> None:
     assert node.args[1] == groups - 2
 
 
+class Tied(nn.Module):
+    """The width of an embedding is what the last layer, of the same weight, reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mix, self.head = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        result: Tensor = self.head(x + F.relu(self.mix(x)))
+        return result
+
+
+@pytest.mark.parametrize("names", [1, 2])
+def test_tied_weights_are_cut_once(names: int) -> None:
+    program = trace(Tied().double(), torch.randint(10, (2, 5)))
+    (weight,) = [n for n in program.tensor_nodes() if n.meta["val"].shape == (10, 8)]
+    if names == 2:  # as in programs that were exported elsewhere
+        other = ({"embedding.weight", "head.weight"} - {str(weight.target)}).pop()
+        with program.graph.inserting_after(weight):
+            alias = program.graph.get_attr(other)
+        next(iter(weight.users)).replace_input_with(weight, alias)
+        program.refresh()
+    (group,) = removable(program)
+    found = fxprune.verify_removal(program, {group: [1, 6, 7]})
+    assert found.error is not None
+    assert found.error <= 1e-10
+    fxprune.remove_units(program, {group: [1, 6, 7]})
+    read = [str(n.target) for n in program.tensor_nodes() if n.meta["val"].shape == (10, 5)]
+    assert len(read) == names
+    assert len({id(program.tensor(name)) for name in read}) == 1
+
+
 def test_removing_nothing_changes_nothing() -> None:
     program = trace(PaddedShortcut(), torch.randn(1, 3, 8, 8))
     before = {name: t.clone() for name, t in program.graph_module.state_dict().items()}
