@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from fxprune import passes as registry
+from fxprune.allocator import keep_freed_memory
 from fxprune.choices import Preference
 from fxprune.compile import compile as compile_model
 from fxprune.data import batches
@@ -213,4 +214,5 @@ def passes_command(
 
 def main() -> None:
     """Run the command line."""
+    keep_freed_memory()
     app()

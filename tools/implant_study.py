@@ -23,6 +23,7 @@ from typing import Any
 import onnx
 
 from fxprune import cost
+from fxprune.allocator import keep_freed_memory
 from fxprune.export import export_onnx
 from fxprune.facts import SENSITIVITY, Sensitivity
 from fxprune.latency import compare
@@ -147,6 +148,7 @@ def table(out: Path) -> Iterator[str]:
 
 def main() -> None:
     """Run a study, or print its table."""
+    keep_freed_memory()
     parser = study_options(__doc__)
     parser.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
     parser.add_argument("--ways", nargs="*", default=tuple(WAYS), choices=tuple(WAYS))

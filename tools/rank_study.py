@@ -23,6 +23,7 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from fxprune import cost, find_groups
+from fxprune.allocator import keep_freed_memory
 from fxprune.context import Context
 from fxprune.cost import activation_bytes
 from fxprune.data import Data, batches, hold_out
@@ -206,6 +207,7 @@ def _correlation(folder: Path, criterion: str) -> str:
 
 def main() -> None:
     """Run a study, or print its table."""
+    keep_freed_memory()
     parser = study_options(__doc__)
     parser.add_argument("--criteria", nargs="*", default=CRITERIA, choices=CRITERIA)
     options = parser.parse_args()

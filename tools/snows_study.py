@@ -25,6 +25,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from fxprune import cost
+from fxprune.allocator import keep_freed_memory
 from fxprune.context import Context
 from fxprune.facts import MASKS as MASKED
 from fxprune.passes import (
@@ -154,6 +155,7 @@ def _slug(task: str) -> str:
 
 def main() -> None:
     """Run a study, or print its table."""
+    keep_freed_memory()
     parser = study_options(__doc__)
     parser.add_argument("--tasks", nargs="*", default=(*MASKS, *BUDGETS))
     parser.add_argument("--samples", type=int, default=1024)
