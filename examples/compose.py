@@ -14,9 +14,9 @@ import fxprune
 from examples.digits.model import digits_net
 from fxprune import passes
 from fxprune.data import batches
-from fxprune.evaluate import evaluate, run_program
-from fxprune.loading import load_model
-from fxprune.sources import load_data
+from fxprune.inputs.loading import load_model
+from fxprune.inputs.sources import load_data
+from fxprune.training.evaluate import evaluate, run_program
 
 CHECKPOINT = Path(__file__).parent / "digits" / "digits.safetensors"
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxprune
-from fxprune.flow import Flow
-from fxprune.labels import Labels
-from fxprune.repair import Remains
+from fxprune.structure.flow import Flow
+from fxprune.structure.labels import Labels
+from fxprune.structure.repair import Remains
 
 
 @torch.library.custom_op("examples::leaky_gate", mutates_args=())

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fxprune.data import Data
 from fxprune.errors import InputError
-from fxprune.images import Scaling
+from fxprune.inputs.images import Scaling
 
 HALF_SCALING = Scaling(mean=(0.5,), std=(0.5,))
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from fxprune.compile import Result, compile
 from fxprune.context import Context
-from fxprune.cost import Cost, cost
 from fxprune.errors import FxpruneError, InputError
-from fxprune.export import export_onnx
-from fxprune.groups import Group, Unit, find_groups
+from fxprune.graph.program import Fact, Program
+from fxprune.graph.serialize import load, save
+from fxprune.graph.trace import trace
+from fxprune.onnx.export import export_onnx
 from fxprune.pipeline import Pass, Pipeline
-from fxprune.program import Fact, Program
-from fxprune.removal import remove_units
+from fxprune.planning.cost import Cost, cost
 from fxprune.rules import operator_rule
-from fxprune.serialize import load, save
-from fxprune.trace import trace
-from fxprune.verify import verify_removal
+from fxprune.run.compile import Result, compile
+from fxprune.structure.groups import Group, Unit, find_groups
+from fxprune.structure.removal import remove_units
+from fxprune.structure.verify import verify_removal
 
 __all__ = [
     "Context",

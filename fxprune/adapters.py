@@ -13,8 +13,8 @@ from torch.fx.passes.infra.pass_base import PassResult  # noqa: TID251  # the on
 
 from fxprune.context import Context
 from fxprune.errors import InputError
+from fxprune.graph.program import Program
 from fxprune.pipeline import Outcome, Pass
-from fxprune.program import Program
 
 GraphPass = Callable[..., PassResult | None]  # as PassManager's own annotations have it
 GraphFunction = Callable[[fx.GraphModule], fx.GraphModule | PassResult | int | None]

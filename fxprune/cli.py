@@ -12,23 +12,23 @@ from rich.console import Console
 
 from fxprune import passes as registry
 from fxprune.allocator import keep_freed_memory
-from fxprune.choices import Preference
-from fxprune.compile import compile as compile_model
 from fxprune.data import batches
 from fxprune.errors import InputError
 from fxprune.exits import exits
-from fxprune.inspect import inspect as inspect_program
-from fxprune.inspect import print_inspection
-from fxprune.inspect_html import inspection_html
-from fxprune.latency import compare
-from fxprune.listing import describe, print_passes
-from fxprune.output import check_writable, prepare, write_text
-from fxprune.pipeline_text import Recipe, parse, read_recipe
-from fxprune.program import Program
+from fxprune.graph.program import Program
+from fxprune.graph.trace import trace
+from fxprune.latency.turns import compare
 from fxprune.progress import Tracker
-from fxprune.report_table import print_latencies, print_report
-from fxprune.request import Request, read_text, split, typed
-from fxprune.trace import trace
+from fxprune.report.inspection import inspect as inspect_program
+from fxprune.report.inspection import print_inspection
+from fxprune.report.inspection_html import inspection_html
+from fxprune.report.listing import describe, print_passes
+from fxprune.report.table import print_latencies, print_report
+from fxprune.run.compile import compile as compile_model
+from fxprune.run.output import check_writable, prepare, write_text
+from fxprune.run.request import Request, read_text, split, typed
+from fxprune.structure.choices import Preference
+from fxprune.text.pipelines import Recipe, parse, read_recipe
 
 app = typer.Typer(
     help="Compile trained PyTorch models into physically smaller ones, as ONNX, with proof.",

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from fxprune.data import Data, as_data
 from fxprune.errors import InputError
-from fxprune.program import Program
+from fxprune.graph.program import Program
 from fxprune.progress import Tracker
 
 Loss = Callable[[Any, Any], Tensor]

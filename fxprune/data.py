@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
-from fxprune.datasets import Arrays, Collated, Gathers, Samples
 from fxprune.errors import InputError
+from fxprune.inputs.datasets import Arrays, Collated, Gathers, Samples
 
 ROLES = ("calibration", "train", "eval")
 HELD_OUT = 0.2  # the share of the samples that evaluates where no evaluation data was given

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fxprune.choices import Preference
-from fxprune.program import Fact
+from fxprune.graph.program import Fact
+from fxprune.structure.choices import Preference
 
 
 @dataclass(frozen=True, order=True)

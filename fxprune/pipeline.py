@@ -9,10 +9,10 @@ from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any, ClassVar, final
 
 from fxprune.context import Context
-from fxprune.cost import Cost, cost
 from fxprune.errors import OrderError, PreconditionError
-from fxprune.option_text import show
-from fxprune.program import Fact, Program
+from fxprune.graph.program import Fact, Program
+from fxprune.planning.cost import Cost, cost
+from fxprune.text.values import show
 
 Facts = frozenset[Fact[Any]]
 

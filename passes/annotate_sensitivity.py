@@ -21,16 +21,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fxprune.choices import Preference
 from fxprune.context import Context
 from fxprune.facts import SENSITIVITY
-from fxprune.groups import find_groups
+from fxprune.graph.program import Program
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.program import Program
-from fxprune.sensitivity import measure
-from fxprune.sensitivity_model import LabelSource, Precision
-from fxprune.sensitivity_tally import StoppingRule
-from fxprune.sensitivity_task import Criterion, Estimator, Negative, Settings
+from fxprune.sensitivity.model import LabelSource, Precision
+from fxprune.sensitivity.scores import measure
+from fxprune.sensitivity.tally import StoppingRule
+from fxprune.sensitivity.task import Criterion, Estimator, Negative, Settings
+from fxprune.structure.choices import Preference
+from fxprune.structure.groups import find_groups
 
 META = "fxprune.sensitivity"
 

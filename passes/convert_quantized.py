@@ -21,10 +21,10 @@ from typing import ClassVar
 
 from fxprune.context import Context
 from fxprune.facts import CALIBRATED, CONVERTED, MASKS, REMOVED
+from fxprune.graph.program import Program
+from fxprune.graph.surgery import drop_unused
 from fxprune.pipeline import Facts, Outcome, Pass
-from fxprune.program import Program
-from fxprune.quantization_codes import convert
-from fxprune.surgery import drop_unused
+from fxprune.quantization.codes import convert
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from typing import ClassVar, Literal
 
 from fxprune.context import Context
 from fxprune.facts import MASKS, REMOVED
-from fxprune.guarding import guarded
+from fxprune.graph.program import Program
 from fxprune.pipeline import Facts, Outcome, Pass
-from fxprune.program import Program
-from fxprune.training import Schedule, train
+from fxprune.training.guarding import guarded
+from fxprune.training.loop import Schedule, train
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,14 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from fxprune.attention_cuts import Cut, Draft, Product, cuts_of
-from fxprune.attention_places import Attention, attentions, written_out
-from fxprune.attention_ranks import (
+from fxprune.context import Context
+from fxprune.errors import InputError
+from fxprune.facts import REMOVED
+from fxprune.graph.program import Program
+from fxprune.graph.surgery import insert_call, replace_node
+from fxprune.implants.attention_cuts import Cut, Draft, Product, cuts_of
+from fxprune.implants.attention_places import Attention, attentions, written_out
+from fxprune.implants.attention_ranks import (
     Basis,
     HeadMoments,
     change_inputs,
@@ -43,14 +48,9 @@ from fxprune.attention_ranks import (
     shift_output,
     value_basis,
 )
-from fxprune.context import Context
-from fxprune.errors import InputError
-from fxprune.facts import REMOVED
-from fxprune.groups import find_groups
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.program import Program
-from fxprune.removal import remove_units
-from fxprune.surgery import insert_call, replace_node
+from fxprune.structure.groups import find_groups
+from fxprune.structure.removal import remove_units
 
 WRITTEN_OUT = (
     "this attention is written out as products and a softmax; build the model so that it calls "

@@ -25,14 +25,14 @@ from typing import Any, ClassVar, Literal
 from fxprune.context import Context
 from fxprune.errors import InputError, PreconditionError
 from fxprune.facts import PLAN, REMOVED, Plan
-from fxprune.groups import Group, find_groups
-from fxprune.implant_fits import fit
-from fxprune.implant_moments import Moments, Sampling, measure
-from fxprune.implant_places import named_sites, output_scale, rows_of, sites_of, units_last
-from fxprune.implant_surgery import finish, put_implant
-from fxprune.implants import Implant, Kind, Site
+from fxprune.graph.program import Program, shape_of
+from fxprune.implants.fits import fit
+from fxprune.implants.kinds import Implant, Kind, Site
+from fxprune.implants.moments import Moments, Sampling, measure
+from fxprune.implants.places import named_sites, output_scale, rows_of, sites_of, units_last
+from fxprune.implants.surgery import finish, put_implant
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.program import Program, shape_of
+from fxprune.structure.groups import Group, find_groups
 
 
 @dataclass(frozen=True)

@@ -33,16 +33,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxprune.calls import packet_of
 from fxprune.context import Context
 from fxprune.facts import MASKS, OBSERVED, REMOVED, Quantized
+from fxprune.graph.calls import packet_of
+from fxprune.graph.program import Program
+from fxprune.graph.spelling import spell_attention, spell_means
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.program import Program
-from fxprune.quantization import observe, sites, sums_overflow
-from fxprune.quantization_ops import DEQUANTIZE, FAKE_QUANTIZE
-from fxprune.quantization_patterns import is_depthwise, is_product, pattern_of, place, weight_name
-from fxprune.quantization_timing import Pace, paces
-from fxprune.spelling import spell_attention, spell_means
+from fxprune.quantization.ops import DEQUANTIZE, FAKE_QUANTIZE
+from fxprune.quantization.patterns import is_depthwise, is_product, pattern_of, place, weight_name
+from fxprune.quantization.stages import observe, sites, sums_overflow
+from fxprune.quantization.timing import Pace, paces
 
 aten = torch.ops.aten
 REDUCED_NOTE = (

@@ -23,24 +23,24 @@ from typing import ClassVar, get_args
 
 import numpy as np
 
-from fxprune.budget import Name, Target
 from fxprune.context import Context
-from fxprune.cost import cost, cost_model
-from fxprune.cuts import Problem
 from fxprune.errors import BudgetError, InputError
 from fxprune.facts import PLAN, SENSITIVITY, Plan, Sensitivity
-from fxprune.groups import Group, find_groups
-from fxprune.implant_planning import implant_share, plan_tiers
-from fxprune.latency_bench import Bench
-from fxprune.latency_plan import bench_for, solve_and_try
-from fxprune.ledger import Costs, Ledger, Ledgers
-from fxprune.merging import Ints
+from fxprune.graph.program import Program
+from fxprune.implants.planning import implant_share, plan_tiers
+from fxprune.latency.bench import Bench
+from fxprune.latency.plan import bench_for, solve_and_try
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.program import Program
-from fxprune.ranking import Normalize, cheapest_first, losses
-from fxprune.removal import remove_units
-from fxprune.selection import selected_by_any, shares
-from fxprune.widths import DEPTHWISE_FLOOR, Rounding, widths
+from fxprune.planning.budget import Name, Target
+from fxprune.planning.cost import cost, cost_model
+from fxprune.planning.cuts import Problem
+from fxprune.planning.ledger import Costs, Ledger, Ledgers
+from fxprune.planning.ranking import Normalize, cheapest_first, losses
+from fxprune.planning.selection import selected_by_any, shares
+from fxprune.planning.widths import DEPTHWISE_FLOOR, Rounding, widths
+from fxprune.structure.groups import Group, find_groups
+from fxprune.structure.merging import Ints
+from fxprune.structure.removal import remove_units
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 
 from fxprune.context import Context
 from fxprune.data import batches
-from fxprune.evaluate import fixed_batch
 from fxprune.facts import MASKS, PLAN, REMOVED
+from fxprune.graph.program import Program
+from fxprune.graph.surgery import set_tensor
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.program import Program
-from fxprune.surgery import set_tensor
-from fxprune.training import placed
+from fxprune.training.evaluate import fixed_batch
+from fxprune.training.loop import placed
 
 aten = torch.ops.aten
 

@@ -32,19 +32,19 @@ from typing import Any, ClassVar
 
 import torch
 
-from fxprune.activations import Store
 from fxprune.context import Context
-from fxprune.cost import activation_bytes
 from fxprune.data import batches
 from fxprune.errors import InputError
-from fxprune.evaluate import fixed_batch
 from fxprune.facts import MASKS, PLAN, REMOVED
-from fxprune.lookahead import Curvature, Solver
-from fxprune.menders import Settings
+from fxprune.graph.program import Program
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.program import Program
-from fxprune.reconstruction import GIB, Mended, Reconstruction
-from fxprune.training import placed
+from fxprune.planning.cost import activation_bytes
+from fxprune.reconstruction.activations import Store
+from fxprune.reconstruction.lookahead import Curvature, Solver
+from fxprune.reconstruction.menders import Settings
+from fxprune.reconstruction.walk import GIB, Mended, Reconstruction
+from fxprune.training.evaluate import fixed_batch
+from fxprune.training.loop import placed
 
 # Bytes of all values of a batch beyond which memory that is new to the process at every operator
 # takes longer than smaller batches do: a forward pass of MobileNetV2 takes 75 ms of processor time

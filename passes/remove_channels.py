@@ -22,10 +22,10 @@ import numpy as np
 from fxprune.context import Context
 from fxprune.errors import PreconditionError
 from fxprune.facts import MASKS, PLAN, REMOVED
-from fxprune.groups import find_groups
+from fxprune.graph.program import Program
 from fxprune.pipeline import Facts, Outcome, Pass
-from fxprune.program import Program
-from fxprune.removal import remove_units
+from fxprune.structure.groups import find_groups
+from fxprune.structure.removal import remove_units
 
 
 @dataclass(frozen=True)

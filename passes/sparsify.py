@@ -27,11 +27,18 @@ from torch import Tensor
 from fxprune.context import Context
 from fxprune.errors import InputError
 from fxprune.facts import MASKS, REMOVED, Masks
-from fxprune.layers import Layer, layers
-from fxprune.masks import blocked, blocks_of, input_axis, read_masks, smallest, uniform
+from fxprune.graph.program import Program
+from fxprune.graph.surgery import set_tensor
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.program import Program
-from fxprune.surgery import set_tensor
+from fxprune.reconstruction.layers import Layer, layers
+from fxprune.reconstruction.masks import (
+    blocked,
+    blocks_of,
+    input_axis,
+    read_masks,
+    smallest,
+    uniform,
+)
 
 PATTERNS = ("unstructured", "uniform", "zeros", "file")
 

@@ -28,17 +28,17 @@ from typing import Any, ClassVar, Literal
 
 from fxprune.context import Context
 from fxprune.facts import CALIBRATED, MASKS, OBSERVED, REMOVED
-from fxprune.guarding import guarded
+from fxprune.graph.program import Program
 from fxprune.pipeline import Facts, Outcome, Pass
-from fxprune.program import Program
-from fxprune.quantization import remeasure, settle, sites, walk
-from fxprune.quantization_bias import correct_biases
-from fxprune.quantization_observers import Method
-from fxprune.quantization_recovery import recover
-from fxprune.quantization_rounding import round_weights, told
-from fxprune.quantization_scales import learned_scales
-from fxprune.quantization_sensitivity import rounding_costs
-from fxprune.training import Epoch, Schedule, train
+from fxprune.quantization.bias import correct_biases
+from fxprune.quantization.layer_costs import rounding_costs
+from fxprune.quantization.observers import Method
+from fxprune.quantization.recovery import recover
+from fxprune.quantization.rounding import round_weights, told
+from fxprune.quantization.scales import learned_scales
+from fxprune.quantization.stages import remeasure, settle, sites, walk
+from fxprune.training.guarding import guarded
+from fxprune.training.loop import Epoch, Schedule, train
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from fxprune.context import Context
 from fxprune.data import Data
-from fxprune.datasets import Arrays
+from fxprune.graph.program import Program
+from fxprune.inputs.datasets import Arrays
 from fxprune.passes import ConvertQuantized, FoldBatchNorm, InsertObservers, TrainQuantized
-from fxprune.program import Program
 
 
 class Shortcuts(nn.Module):

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from fxprune import trace
 from fxprune.context import Context
 from fxprune.data import Data
-from fxprune.datasets import Arrays
-from fxprune.program import Program
+from fxprune.graph.program import Program
+from fxprune.inputs.datasets import Arrays
 
 SIZE = 5  # samples
 

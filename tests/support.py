@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.context import Context
-from fxprune.graph_text import graph_text
-from fxprune.groups import Group
+from fxprune.graph.program import Program
+from fxprune.graph.text import graph_text
 from fxprune.pipeline import Outcome, Pass
-from fxprune.program import Program
+from fxprune.structure.groups import Group
 
 # The largest relative error between two ways to compute one function, once for all tests.
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -13,9 +13,9 @@ from torch.fx.passes.infra.pass_manager import PassManager  # noqa: TID251
 from fxprune.adapters import as_fx_pass, from_function
 from fxprune.context import Context
 from fxprune.errors import InputError, PostconditionError
+from fxprune.graph.program import Fact, Program
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
 from fxprune.pipeline import Facts, Outcome, Pass, Pipeline
-from fxprune.program import Fact, Program
 
 aten = torch.ops.aten
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))

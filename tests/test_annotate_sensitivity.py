@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from fxprune import find_groups, remove_units
 from fxprune.context import Context
 from fxprune.data import Data
-from fxprune.datasets import Arrays
 from fxprune.facts import SENSITIVITY, Slot
-from fxprune.graph_text import graph_text
+from fxprune.graph.program import Program
+from fxprune.graph.text import graph_text
+from fxprune.inputs.datasets import Arrays
 from fxprune.passes.annotate_sensitivity import META, AnnotateSensitivity
 from fxprune.pipeline import Outcome
-from fxprune.program import Program
 
 
 class Branches(nn.Module):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.choices import Preference
 from fxprune.context import Context
 from fxprune.facts import Slot
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
+from fxprune.structure.choices import Preference
 
 
 class Attention(nn.Module):

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxprune.budget import Budget, Name, Target, readable
 from fxprune.errors import InputError
+from fxprune.planning.budget import Budget, Name, Target, readable
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from support import assert_same
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.canonical import functional_form
+from fxprune.graph.canonical import functional_form
 
 aten = torch.ops.aten
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.checkpoint import Checkpoint, Journal, fingerprint
-from fxprune.cost import Cost
 from fxprune.facts import SENSITIVITY, Plan, Sensitivity
+from fxprune.graph.program import Program
+from fxprune.graph.trace import trace
 from fxprune.passes import AnnotateSensitivity, RemoveChannels
 from fxprune.pipeline import Entry, Outcome, Skip
-from fxprune.program import Program
-from fxprune.trace import trace
+from fxprune.planning.cost import Cost
+from fxprune.run.checkpoint import Checkpoint, Journal, fingerprint
 
 COST = Cost(1, 2, 3)
 

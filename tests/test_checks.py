@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune import checks
-from fxprune.checks import check_data, check_removal, result_checks
 from fxprune.data import as_data
 from fxprune.errors import InputError, PostconditionError
-from fxprune.evaluate import Evaluation
-from fxprune.export import ExportCheck
-from fxprune.groups import Group, find_groups
-from fxprune.program import Program
-from fxprune.trace import trace
-from fxprune.verify import RemovalCheck
+from fxprune.graph.program import Program
+from fxprune.graph.trace import trace
+from fxprune.onnx.export import ExportCheck
+from fxprune.run import checks
+from fxprune.run.checks import check_data, check_removal, result_checks
+from fxprune.structure.groups import Group, find_groups
+from fxprune.structure.verify import RemovalCheck
+from fxprune.training.evaluate import Evaluation
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.checkpoint import FOLDER
-from fxprune.compile import Result
 from fxprune.errors import InputError
-from fxprune.export import initialiser_elements
-from fxprune.options import Options, make_options, resolve
+from fxprune.onnx.export import initialiser_elements
 from fxprune.passes import FoldBatchNorm, PlanChannels, RecalibrateNorms
 from fxprune.pipeline import Outcome
 from fxprune.progress import Tracker
+from fxprune.run.checkpoint import FOLDER
+from fxprune.run.compile import Result
+from fxprune.run.options import Options, make_options, resolve
 
 FILES = ["model.onnx", "model.pt2", "recipe.toml", "report.html", "report.json"]
 PASSES = (

@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from fxprune import passes
 from fxprune.context import Context
 from fxprune.data import Data
-from fxprune.datasets import Arrays
 from fxprune.errors import PreconditionError
-from fxprune.graph_text import graph_text
+from fxprune.graph.program import Program
+from fxprune.graph.text import graph_text
+from fxprune.inputs.datasets import Arrays
 from fxprune.pipeline import Pass, Pipeline
-from fxprune.pipeline_text import parse
-from fxprune.program import Program
+from fxprune.text.pipelines import parse
 
 # Options that make a pass quick on the stock models, or that it cannot do without.
 QUICK: dict[str, dict[str, Any]] = {

@@ -13,14 +13,14 @@ from support import relative_error
 from torch import nn
 
 import fxprune
-from fxprune.cost import cost
 from fxprune.data import batches
-from fxprune.export import export_onnx
-from fxprune.graph_text import graph_text
+from fxprune.graph.text import graph_text
+from fxprune.onnx.export import export_onnx
 from fxprune.passes import ConvertQuantized, InsertObservers, TrainQuantized
 from fxprune.pipeline import Pipeline
-from fxprune.quantization_checks import check_agreement, check_fusion
-from fxprune.quantization_onnx import inspect_fusion
+from fxprune.planning.cost import cost
+from fxprune.quantization.checks import check_agreement, check_fusion
+from fxprune.quantization.onnx_nodes import inspect_fusion
 
 X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from strategies import Design, Network, designs
 from support import trace
 
-from fxprune.drawing import GAP_X, GAP_Y, WIDTH, Drawing, draw
+from fxprune.report.drawing import GAP_X, GAP_Y, WIDTH, Drawing, draw
 
 NUMBER = re.compile(r"-?[\d.]+")
 

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.data import as_data
-from fxprune.datasets import Samples
-from fxprune.evaluate import (
+from fxprune.graph.program import Program
+from fxprune.graph.trace import trace
+from fxprune.inputs.datasets import Samples
+from fxprune.onnx.export import export_onnx
+from fxprune.training.evaluate import (
     Evaluation,
     class_axis,
     evaluate,
@@ -17,9 +20,6 @@ from fxprune.evaluate import (
     run_onnx,
     run_program,
 )
-from fxprune.export import export_onnx
-from fxprune.program import Program
-from fxprune.trace import trace
 
 COUNT = 23
 

@@ -13,9 +13,9 @@ from examples.cifar10 import data as cifar10_data
 from examples.cifar10 import resnet
 from fxprune.data import batches
 from fxprune.errors import InputError
-from fxprune.loading import load_model
-from fxprune.serialize import load
-from fxprune.sources import load_data
+from fxprune.graph.serialize import load
+from fxprune.inputs.loading import load_model
+from fxprune.inputs.sources import load_data
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "examples" / "digits" / "digits.safetensors"

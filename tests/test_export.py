@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.errors import InputError, PostconditionError
-from fxprune.export import export_onnx, initialiser_elements
-from fxprune.latency import compare
-from fxprune.verify import sample_units
+from fxprune.latency.turns import compare
+from fxprune.onnx.export import export_onnx, initialiser_elements
+from fxprune.structure.verify import sample_units
 
 
 @settings(max_examples=4)
@@ -79,7 +79,7 @@ def test_initialisers_shrink_and_the_batch_stays_dynamic(tmp_path: Path) -> None
 
 
 def test_a_wrong_file_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxprune.export.relative_error", lambda *_: 0.5)
+    monkeypatch.setattr("fxprune.onnx.export.relative_error", lambda *_: 0.5)
     program = trace(nn.Linear(4, 3), torch.randn(2, 4))
     with pytest.raises(PostconditionError, match=r"differs from PyTorch's by 5.00e-01"):
         export_onnx(program, tmp_path / "a.onnx")

@@ -6,7 +6,7 @@ from test_training import context, network, task
 from fxprune import trace
 from fxprune.context import Context
 from fxprune.facts import MASKS, Masks
-from fxprune.graph_text import graph_text
+from fxprune.graph.text import graph_text
 from fxprune.passes.finetune import Finetune
 
 

@@ -6,7 +6,7 @@ from support import assert_same, check, randomise_norms, trace
 from torch import Tensor, nn
 
 from fxprune.context import Context
-from fxprune.graph_text import graph_text
+from fxprune.graph.text import graph_text
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
 from fxprune.pipeline import Outcome
 

@@ -8,11 +8,11 @@ from support import trace
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fxprune.footprint import MARGIN, per_sample
-from fxprune.layers import layers
-from fxprune.lookahead import Curvature, Lookahead, variables
-from fxprune.program import Program
-from fxprune.region import Region, comparable, cut
+from fxprune.graph.program import Program
+from fxprune.reconstruction.footprint import MARGIN, per_sample
+from fxprune.reconstruction.layers import layers
+from fxprune.reconstruction.lookahead import Curvature, Lookahead, variables
+from fxprune.reconstruction.region import Region, comparable, cut
 
 X = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 

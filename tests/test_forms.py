@@ -10,17 +10,17 @@ from quantized_nets import Shortcuts
 from torch import nn
 
 import fxprune
-from fxprune.compile import Result
 from fxprune.errors import InputError
-from fxprune.evaluate import Evaluation
-from fxprune.export import ExportCheck
-from fxprune.forms import Forms, choose
-from fxprune.latency import Latency
-from fxprune.measure import Emission, emit
+from fxprune.graph.program import Program
+from fxprune.latency.turns import Latency
+from fxprune.onnx.export import ExportCheck
 from fxprune.passes import TrainQuantized
 from fxprune.pipeline import Outcome
-from fxprune.program import Program
-from fxprune.quantization_onnx import is_quantized
+from fxprune.quantization.onnx_nodes import is_quantized
+from fxprune.run.compile import Result
+from fxprune.run.forms import Forms, choose
+from fxprune.run.measure import Emission, emit
+from fxprune.training.evaluate import Evaluation
 
 MADE: Any = object()  # stands for a program
 QUICK: dict[str, Any] = {
@@ -90,7 +90,7 @@ def compiled(model: nn.Module, monkeypatch: pytest.MonkeyPatch, pace: float, **m
             found["int8"] = replace(found["int8"], latency=times)
         return found
 
-    monkeypatch.setattr("fxprune.forms.emit", hurried)
+    monkeypatch.setattr("fxprune.run.forms.emit", hurried)
     torch.manual_seed(0)
     x = torch.randn(96, 3, 8, 8)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from strategies import Design, Network
 from support import trace
 from torch import Tensor, nn
 
-from fxprune.graph_text import graph_text
+from fxprune.graph.text import graph_text
 
 EVERYTHING = Design(
     tuple(map(Step, ("residual", "split", "attention", "shuffle", "gate", "pad", "layer_norm"))),

@@ -9,8 +9,8 @@ from support import trace
 from torch import nn
 
 from fxprune.compat import enable_torchvision
-from fxprune.groups import find_groups
-from fxprune.program import Program
+from fxprune.graph.program import Program
+from fxprune.structure.groups import find_groups
 
 enable_torchvision()
 models = pytest.importorskip("torchvision.models")

@@ -6,8 +6,8 @@ from support import trace
 from test_training import PLAIN, context, network, task
 
 from fxprune.context import Context
-from fxprune.guarding import SHARES, guarded
-from fxprune.training import Epoch, train
+from fxprune.training.guarding import SHARES, guarded
+from fxprune.training.loop import Epoch, train
 
 
 def test_harm_is_undone() -> None:

@@ -11,20 +11,20 @@ from support import assert_same, relative_error, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.attention_places import Projection, attentions
-from fxprune.attention_ranks import (
+from fxprune.context import Context
+from fxprune.data import Data
+from fxprune.graph.program import Program
+from fxprune.graph.serialize import load, save
+from fxprune.implants.attention_places import Projection, attentions
+from fxprune.implants.attention_ranks import (
     change_inputs,
     change_outputs,
     measure_heads,
     score_basis,
     value_basis,
 )
-from fxprune.context import Context
-from fxprune.cost import cost
-from fxprune.data import Data
-from fxprune.datasets import Arrays
-from fxprune.evaluate import run_onnx
-from fxprune.export import export_onnx
+from fxprune.inputs.datasets import Arrays
+from fxprune.onnx.export import export_onnx
 from fxprune.passes import (
     ConvertQuantized,
     Finetune,
@@ -34,8 +34,8 @@ from fxprune.passes import (
     Reconstruct,
     TrainQuantized,
 )
-from fxprune.program import Program
-from fxprune.serialize import load, save
+from fxprune.planning.cost import cost
+from fxprune.training.evaluate import run_onnx
 
 X = torch.randn(24, 6, 16, generator=torch.Generator().manual_seed(0))
 SAMPLES = Arrays(X, torch.arange(24) % 4)

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from fxprune.context import Context
 from fxprune.data import Data
-from fxprune.datasets import Arrays
 from fxprune.errors import InputError
-from fxprune.implant_fits import fit
-from fxprune.implant_moments import Moments, Sampling, features, measure
-from fxprune.implants import Implant, Kind, Site, site_of
-from fxprune.program import Program
+from fxprune.graph.program import Program
+from fxprune.implants.fits import fit
+from fxprune.implants.kinds import Implant, Kind, Site, site_of
+from fxprune.implants.moments import Moments, Sampling, features, measure
+from fxprune.inputs.datasets import Arrays
 
 GENERATOR = torch.Generator().manual_seed(0)
 # Neighbours and channels are correlated, as those of images are.

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune.context import Context
-from fxprune.cost import cost
 from fxprune.data import Data
-from fxprune.datasets import Arrays
 from fxprune.errors import PreconditionError
-from fxprune.evaluate import run_onnx
-from fxprune.export import export_onnx
 from fxprune.facts import PLAN, REMOVED, Plan
-from fxprune.graph_text import graph_text
-from fxprune.groups import find_groups
+from fxprune.graph.program import Program
+from fxprune.graph.serialize import load, save
+from fxprune.graph.text import graph_text
+from fxprune.inputs.datasets import Arrays
+from fxprune.onnx.export import export_onnx
 from fxprune.passes import (
     ConvertQuantized,
     Finetune,
@@ -33,8 +32,9 @@ from fxprune.passes import (
     TrainQuantized,
 )
 from fxprune.pipeline import Outcome
-from fxprune.program import Program
-from fxprune.serialize import load, save
+from fxprune.planning.cost import cost
+from fxprune.structure.groups import find_groups
+from fxprune.training.evaluate import run_onnx
 
 X = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SAMPLES = Arrays(X, torch.arange(24) % 4)

@@ -10,23 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune.context import Context
-from fxprune.cost import cost, cost_model
-from fxprune.cuts import Problem
 from fxprune.data import Data
-from fxprune.datasets import Arrays
 from fxprune.errors import InputError
 from fxprune.facts import PLAN, SENSITIVITY, Sensitivity
-from fxprune.groups import find_groups
-from fxprune.implant_fits import fit
-from fxprune.implant_layers import ranks_of, spectrum, with_layers
-from fxprune.implant_moments import Sampling, measure
-from fxprune.implant_places import output_scale, sites_of
-from fxprune.implant_planning import implant_share
-from fxprune.implants import Kind
-from fxprune.ledger import Ledger
+from fxprune.graph.program import Program
+from fxprune.implants.fits import fit
+from fxprune.implants.kinds import Kind
+from fxprune.implants.moments import Sampling, measure
+from fxprune.implants.places import output_scale, sites_of
+from fxprune.implants.planning import implant_share
+from fxprune.implants.whole_layers import ranks_of, spectrum, with_layers
+from fxprune.inputs.datasets import Arrays
 from fxprune.passes import ImplantLowRank, PlanChannels, RemoveChannels
-from fxprune.program import Program
-from fxprune.widths import Rounding
+from fxprune.planning.cost import cost, cost_model
+from fxprune.planning.cuts import Problem
+from fxprune.planning.ledger import Ledger
+from fxprune.planning.widths import Rounding
+from fxprune.structure.groups import find_groups
 
 X = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SAMPLES = Arrays(X, torch.arange(24) % 4)

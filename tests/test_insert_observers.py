@@ -8,16 +8,16 @@ from quantized_nets import observed, shortcuts
 from support import check, trace
 from torch import Tensor, nn
 
-from fxprune import quantization_timing
 from fxprune.context import Context
 from fxprune.facts import OBSERVED
-from fxprune.latency_table import Shape
+from fxprune.latency.table import Shape
 from fxprune.passes import InsertObservers
 from fxprune.pipeline import Skip
 from fxprune.progress import Tracker
-from fxprune.quantization import sites
-from fxprune.quantization_patterns import pattern_of
-from fxprune.quantization_timing import paces
+from fxprune.quantization import timing as quantization_timing
+from fxprune.quantization.patterns import pattern_of
+from fxprune.quantization.stages import sites
+from fxprune.quantization.timing import paces
 
 IMAGE = torch.randn(2, 3, 8, 8)
 

@@ -7,8 +7,8 @@ from blocks import Step
 from strategies import Design, Network
 from support import trace
 
-from fxprune.inspect import inspect
-from fxprune.inspect_html import inspection_html
+from fxprune.report.inspection import inspect
+from fxprune.report.inspection_html import inspection_html
 
 DESIGN = Design(tuple(map(Step, ("residual", "split", "attention", "gate"))), "flattened")
 

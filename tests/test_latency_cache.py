@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fxprune.latency_cache import Host, Timing, age, load, save
+from fxprune.latency.cache import Host, Timing, age, load, save
 
 HOST = Host("a processor", ("avx2",), "1.0", 1)
 

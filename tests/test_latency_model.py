@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from support import trace
 from torch import Tensor, nn
 
-from fxprune.groups import Group, find_groups
-from fxprune.latency_cache import Host, Timing
-from fxprune.latency_model import Calibration, LatencyLedger
-from fxprune.latency_table import Shape, Table
-from fxprune.latency_terms import Axis, elements_of, latency_terms, shapes_of
-from fxprune.program import Program
-from fxprune.removal import remove_units
+from fxprune.graph.program import Program
+from fxprune.latency.cache import Host, Timing
+from fxprune.latency.model import Calibration, LatencyLedger
+from fxprune.latency.table import Shape, Table
+from fxprune.latency.terms import Axis, elements_of, latency_terms, shapes_of
+from fxprune.structure.groups import Group, find_groups
+from fxprune.structure.removal import remove_units
 
 HOW = Calibration(per_us=0.5e-3, per_element=2e-6, fixed=0.25)
 

@@ -11,22 +11,22 @@ from support import trace
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.budget import Quantity, Target
 from fxprune.context import Context
-from fxprune.cuts import Problem
 from fxprune.errors import BudgetError
 from fxprune.facts import PLAN, SENSITIVITY, Sensitivity
-from fxprune.groups import find_groups
-from fxprune.latency_bench import LAYERS, Bench, calibrate
-from fxprune.latency_cache import Host
-from fxprune.latency_model import Calibration
-from fxprune.latency_plan import AIM, bench_for, solve_and_try
-from fxprune.latency_profile import Profiled
-from fxprune.latency_table import Table
-from fxprune.ledger import Floats
-from fxprune.merging import Ints
+from fxprune.graph.program import Program
+from fxprune.latency.bench import LAYERS, Bench, calibrate
+from fxprune.latency.cache import Host
+from fxprune.latency.model import Calibration
+from fxprune.latency.plan import AIM, bench_for, solve_and_try
+from fxprune.latency.profile import Profiled
+from fxprune.latency.table import Table
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
-from fxprune.program import Program
+from fxprune.planning.budget import Quantity, Target
+from fxprune.planning.cuts import Problem
+from fxprune.planning.ledger import Floats
+from fxprune.structure.groups import find_groups
+from fxprune.structure.merging import Ints
 
 
 @pytest.fixture(autouse=True)

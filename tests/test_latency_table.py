@@ -8,11 +8,11 @@ import torch
 from support import trace
 from torch import Tensor, nn
 
-from fxprune.latency import open_session, random_inputs
-from fxprune.latency_cache import Host, Timing
-from fxprune.latency_layers import layers, others
-from fxprune.latency_table import Shape, Table, model_of
-from fxprune.program import Program, shape_of
+from fxprune.graph.program import Program, shape_of
+from fxprune.latency.cache import Host, Timing
+from fxprune.latency.layers import layers, others
+from fxprune.latency.table import Shape, Table, model_of
+from fxprune.latency.turns import open_session, random_inputs
 
 
 def shapes_of(program: Program, batch: int = 1) -> list[Shape]:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import fxprune.leastsquares
-from fxprune.leastsquares import Moments, solve
+import fxprune.reconstruction.leastsquares
+from fxprune.reconstruction.leastsquares import Moments, solve
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -103,7 +103,7 @@ def test_large_masked_systems_are_solved_stepwise(
     keep = torch.rand(2, 6, 24, generator=GENERATOR) > 0.5
     keep[0, 0] = False
     found = [solve(moments(x, r), 1e-3, bias=bias, keep=keep)]
-    monkeypatch.setattr(fxprune.leastsquares, "DIRECT", 0)
+    monkeypatch.setattr(fxprune.reconstruction.leastsquares, "DIRECT", 0)
     found.append(solve(moments(x, r), 1e-3, bias=bias, keep=keep))
     assert not found[1][0][~keep].any()
     for exact, near in zip(*found, strict=True):

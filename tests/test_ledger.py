@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from support import trace
 from torch import nn
 
-from fxprune.cost import cost, cost_model
-from fxprune.groups import find_groups
-from fxprune.ledger import Ledger, Ledgers
-from fxprune.removal import remove_units
+from fxprune.planning.cost import cost, cost_model
+from fxprune.planning.ledger import Ledger, Ledgers
+from fxprune.structure.groups import find_groups
+from fxprune.structure.removal import remove_units
 
 
 class Shared(nn.Module):

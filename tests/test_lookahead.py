@@ -7,11 +7,11 @@ import torch
 from support import randomise_norms, trace
 from torch import Tensor, nn
 
-from fxprune.layers import layers
-from fxprune.lookahead import Curvature, Lookahead, variables
-from fxprune.newton import Vector, dot
-from fxprune.program import Program
-from fxprune.region import comparable, cut
+from fxprune.graph.program import Program
+from fxprune.reconstruction.layers import layers
+from fxprune.reconstruction.lookahead import Curvature, Lookahead, variables
+from fxprune.reconstruction.newton import Vector, dot
+from fxprune.reconstruction.region import comparable, cut
 
 X = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 STEP = 1e-5

@@ -10,7 +10,7 @@ from support import trace
 from torch import nn
 
 from fxprune.errors import InputError
-from fxprune.masks import blocked, blocks_of, follows, read_masks, smallest, uniform
+from fxprune.reconstruction.masks import blocked, blocks_of, follows, read_masks, smallest, uniform
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxprune.newton import Vector, conjugate_gradients, line_search
+from fxprune.reconstruction.newton import Vector, conjugate_gradients, line_search
 
 GENERATOR = torch.Generator().manual_seed(0)
 G = tuple(torch.randn(n, generator=GENERATOR, dtype=torch.float64) for n in (4, 3))

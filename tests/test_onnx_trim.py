@@ -7,7 +7,7 @@ import torch
 from support import trace
 from torch import nn
 
-from fxprune.export import export_onnx
+from fxprune.onnx.export import export_onnx
 
 
 def test_only_what_is_not_implied_is_written(tmp_path: Path) -> None:

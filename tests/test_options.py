@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
-from fxprune.budget import Target
 from fxprune.errors import InputError
-from fxprune.options import default_pipeline, make_options, resolve
 from fxprune.passes import Finetune, FoldBatchNorm, PlanChannels, RemoveChannels
 from fxprune.pipeline import Pipeline
+from fxprune.planning.budget import Target
+from fxprune.run.options import default_pipeline, make_options, resolve
 
 HALF = (Target.parse("macs=50%"),)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fxprune.errors import InputError
-from fxprune.output import ASIDE, check_writable, staged, write_text
+from fxprune.run.output import ASIDE, check_writable, staged, write_text
 
 
 def test_files_appear_at_the_end(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 import fxprune
-from fxprune.verify import sample_units
+from fxprune.structure.verify import sample_units
 
 
 def newer() -> nn.Module:

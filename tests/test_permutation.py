@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from fxprune.errors import InputError
 from fxprune.facts import REMOVED
-from fxprune.groups import find_groups
-from fxprune.permutation import permute_units
-from fxprune.removal import remove_units
+from fxprune.structure.groups import find_groups
+from fxprune.structure.permutation import permute_units
+from fxprune.structure.removal import remove_units
 
 X = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from fxprune.context import Context
 from fxprune.errors import FxpruneError, OrderError, PreconditionError
+from fxprune.graph.program import Fact, Program
+from fxprune.graph.trace import trace
 from fxprune.pipeline import Entry, Facts, Outcome, Pass, Pipeline
-from fxprune.program import Fact, Program
-from fxprune.trace import trace
 
 SCORE: Fact[int] = Fact("score")
 PLAN: Fact[int] = Fact("plan")

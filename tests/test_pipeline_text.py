@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from fxprune.context import Context
 from fxprune.errors import InputError, OrderError
+from fxprune.graph.program import Fact, Program
 from fxprune.pipeline import Facts, Outcome, Pass, Pipeline
-from fxprune.pipeline_text import Recipe, parse, read_recipe, write_recipe
-from fxprune.program import Fact, Program
+from fxprune.text.pipelines import Recipe, parse, read_recipe, write_recipe
 
 SCORE: Fact[int] = Fact("score")
 

@@ -9,14 +9,14 @@ from support import trace
 from torch import Tensor, nn
 
 from fxprune.context import Context
-from fxprune.cost import cost
 from fxprune.errors import BudgetError, InputError
 from fxprune.facts import PLAN, SENSITIVITY, Plan, Sensitivity
-from fxprune.groups import find_groups
+from fxprune.graph.program import Program
 from fxprune.passes import PlanChannels
 from fxprune.pipeline import Outcome
-from fxprune.program import Program
-from fxprune.removal import remove_units
+from fxprune.planning.cost import cost
+from fxprune.structure.groups import find_groups
+from fxprune.structure.removal import remove_units
 
 
 class Net(nn.Module):

@@ -7,13 +7,13 @@ import torch
 from support import randomise_norms, trace
 from torch import Tensor, nn
 
-import fxprune.precondition
-from fxprune.layers import layers
-from fxprune.lookahead import Lookahead, variables
-from fxprune.newton import Vector, conjugate_gradients
-from fxprune.precondition import preconditioner
-from fxprune.program import Program
-from fxprune.region import Region, comparable, cut
+import fxprune.reconstruction.precondition
+from fxprune.graph.program import Program
+from fxprune.reconstruction.layers import layers
+from fxprune.reconstruction.lookahead import Lookahead, variables
+from fxprune.reconstruction.newton import Vector, conjugate_gradients
+from fxprune.reconstruction.precondition import preconditioner
+from fxprune.reconstruction.region import Region, comparable, cut
 
 X = torch.randn(32, 4, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 NETS = {
@@ -51,7 +51,7 @@ def steps(name: str, keep: Tensor | None, tolerance: float) -> int:
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
 def test_least_squares_needs_one_step(name: str, masked: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr(fxprune.precondition, "RIDGE", 1e-12)
+    monkeypatch.setattr(fxprune.reconstruction.precondition, "RIDGE", 1e-12)
     shape = next(iter(NETS[name].parameters())).shape
     keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5 if masked else None
     assert steps(name, keep, 1e-3) == 1
@@ -59,7 +59,7 @@ def test_least_squares_needs_one_step(name: str, masked: bool, monkeypatch: Any)
 
 @torch.no_grad()
 def test_large_systems_fall_back_to_their_diagonals(monkeypatch: Any) -> None:
-    monkeypatch.setattr(fxprune.precondition, "LARGEST", 1)
+    monkeypatch.setattr(fxprune.reconstruction.precondition, "LARGEST", 1)
     program, region, names, values = parts("bias")
     keep = torch.rand(program.tensor("weight").shape) > 0.5
     multiply = preconditioner(program, region.layer, names, keep, values)

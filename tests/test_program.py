@@ -9,7 +9,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import PostconditionError, PreconditionError
-from fxprune.program import Fact, Program, shape_of
+from fxprune.graph.program import Fact, Program, shape_of
 
 ANSWER = Fact[int]("answer")
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxprune.quantization_observers import (
+from fxprune.quantization.observers import (
     METHODS,
     Observer,
     activation_scale,
     divergence,
     weight_scale,
 )
-from fxprune.quantization_ops import fake_quantize
+from fxprune.quantization.ops import fake_quantize
 
 
 def watched(*batches: Tensor) -> Observer:

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from fxprune.context import Context
 from fxprune.data import Data
-from fxprune.datasets import Arrays
+from fxprune.inputs.datasets import Arrays
 from fxprune.passes import InsertObservers, TrainQuantized
-from fxprune.quantization import fakes
-from fxprune.quantization_ops import fake_quantize
-from fxprune.quantization_sensitivity import rounding_costs
+from fxprune.quantization.layer_costs import rounding_costs
+from fxprune.quantization.ops import fake_quantize
+from fxprune.quantization.stages import fakes
 
 
 def test_a_linear_model_costs_what_its_gauss_newton_matrix_says() -> None:

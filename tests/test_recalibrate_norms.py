@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fxprune.context import Context
 from fxprune.data import Data
-from fxprune.datasets import Arrays
+from fxprune.inputs.datasets import Arrays
 from fxprune.passes.recalibrate_norms import RecalibrateNorms
 from fxprune.pipeline import Skip
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-import fxprune.reconstruction
+import fxprune.reconstruction.walk
 from fxprune.context import Context
 from fxprune.data import Data
-from fxprune.datasets import Arrays
 from fxprune.errors import InputError
 from fxprune.facts import MASKS, REMOVED
+from fxprune.graph.program import Program
+from fxprune.inputs.datasets import Arrays
 from fxprune.passes import Reconstruct, Sparsify
-from fxprune.program import Program
 
 X = torch.randn(400, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -219,7 +219,7 @@ def test_transformers_come_nearer_too(lookahead: int) -> None:
 
 
 def test_too_large_systems_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fxprune.reconstruction, "MOST_FEATURES", 5)
+    monkeypatch.setattr(fxprune.reconstruction.walk, "MOST_FEATURES", 5)
     program, context = given(linear(), torch.randn(50, 6))
     (skip,) = Reconstruct()(program, context).skips
     assert "6 weights each" in skip.reason

@@ -8,10 +8,10 @@ import torch
 from support import randomise_norms, trace
 from torch import Tensor, nn
 
-from fxprune.layers import layers
-from fxprune.program import Program
-from fxprune.refit import Refit
-from fxprune.region import comparable, cut
+from fxprune.graph.program import Program
+from fxprune.reconstruction.layers import layers
+from fxprune.reconstruction.refit import Refit
+from fxprune.reconstruction.region import comparable, cut
 
 X = torch.randn(80, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

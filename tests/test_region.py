@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune.context import Context
-from fxprune.layers import Layer, layers
+from fxprune.graph.program import Program
 from fxprune.passes import FoldBatchNorm
-from fxprune.program import Program
-from fxprune.region import affine_tail, comparable, cut, slope
+from fxprune.reconstruction.layers import Layer, layers
+from fxprune.reconstruction.region import affine_tail, comparable, cut, slope
 
 X = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
 

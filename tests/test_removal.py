@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.cost import cost_model
 from fxprune.errors import InputError
-from fxprune.groups import Group
-from fxprune.verify import sample_units
+from fxprune.planning.cost import cost_model
+from fxprune.structure import verify
+from fxprune.structure.groups import Group
+from fxprune.structure.verify import sample_units
 
 
 def removable(program: fxprune.Program) -> list[Group]:
@@ -259,4 +260,4 @@ def test_an_unknown_operator_freezes_and_is_named() -> None:
 
 def test_relative_error_of_the_support_module_is_what_verify_uses() -> None:
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5])
-    assert fxprune.verify.relative_error(b, a) == pytest.approx(relative_error(a, b))
+    assert verify.relative_error(b, a) == pytest.approx(relative_error(a, b))

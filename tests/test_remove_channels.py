@@ -6,12 +6,12 @@ from support import randomise_norms, trace
 from torch import nn
 
 from fxprune.context import Context
-from fxprune.cost import cost
 from fxprune.errors import PreconditionError
 from fxprune.facts import PLAN, REMOVED, SENSITIVITY, Plan, Sensitivity
-from fxprune.graph_text import graph_text
+from fxprune.graph.program import Program
+from fxprune.graph.text import graph_text
 from fxprune.passes import RemoveChannels
-from fxprune.program import Program
+from fxprune.planning.cost import cost
 
 MODEL = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
 

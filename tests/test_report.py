@@ -8,9 +8,10 @@ from xml.etree import ElementTree
 import numpy as np
 from rich.console import Console
 
-from fxprune.cost import Cost
 from fxprune.pipeline import Entry, Outcome, Skip
-from fxprune.report import (
+from fxprune.planning.cost import Cost
+from fxprune.planning.search import Trial
+from fxprune.report.content import (
     Check,
     GroupEntry,
     Measures,
@@ -18,9 +19,8 @@ from fxprune.report import (
     TargetEntry,
     environment,
 )
-from fxprune.report_html import to_html
-from fxprune.report_table import print_report
-from fxprune.search import Trial
+from fxprune.report.html import to_html
+from fxprune.report.table import print_report
 
 KEYS = {"before", "after", "target", "target_met", "passes", "checks", "groups", "environment"}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fxprune.errors import InputError
-from fxprune.request import Request, keywords, numbers, split, typed
+from fxprune.run.request import Request, keywords, numbers, split, typed
 
 
 def test_keywords_are_json_where_they_can_be() -> None:

@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fxprune.rounding import moved, round_adaptively
+from fxprune.quantization.adaptive import moved, round_adaptively
 
 
 def problem(outputs: int, features: int, groups: int = 2) -> tuple[Tensor, Tensor]:

@@ -8,15 +8,15 @@ import torch
 from support import trace
 from torch import nn
 
-from fxprune.budget import Target
 from fxprune.context import Context
-from fxprune.cost import cost
 from fxprune.errors import BudgetError, InputError
 from fxprune.facts import PLAN
+from fxprune.graph.program import Program
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
 from fxprune.pipeline import Outcome, Pass, Pipeline
-from fxprune.program import Program
-from fxprune.search import Limits, Trial, budgeted, search, winner
+from fxprune.planning.budget import Target
+from fxprune.planning.cost import cost
+from fxprune.planning.search import Limits, Trial, budgeted, search, winner
 
 MODEL = nn.Sequential(
     nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3),

@@ -6,8 +6,8 @@ from support import trace
 from torch import nn
 
 from fxprune.errors import InputError
-from fxprune.groups import find_groups
-from fxprune.selection import selected, selected_by_any
+from fxprune.planning.selection import selected, selected_by_any
+from fxprune.structure.groups import find_groups
 
 MODEL = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
 GROUPS = tuple(

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from fxprune import find_groups, remove_units
 from fxprune.context import Context
 from fxprune.data import Data
-from fxprune.datasets import Arrays
-from fxprune.sensitivity import Settings, measure
-from fxprune.sensitivity_gates import GatedProgram
-from fxprune.sensitivity_tally import StoppingRule
+from fxprune.inputs.datasets import Arrays
+from fxprune.sensitivity.gates import GatedProgram
+from fxprune.sensitivity.scores import Settings, measure
+from fxprune.sensitivity.tally import StoppingRule
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

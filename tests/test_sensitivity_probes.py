@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from fxprune import find_groups, trace
 from fxprune.data import Batch
-from fxprune.program import Program
-from fxprune.sensitivity import Settings, measure
-from fxprune.sensitivity_model import Objective, Weights
-from fxprune.sensitivity_probes import Matrix, TraceProbes, piecewise_linear
-from fxprune.sensitivity_tally import StoppingRule
-from fxprune.sensitivity_task import Task
-from fxprune.sensitivity_units import UnitLayout
+from fxprune.graph.program import Program
+from fxprune.sensitivity.model import Objective, Weights
+from fxprune.sensitivity.probes import Matrix, TraceProbes, piecewise_linear
+from fxprune.sensitivity.scores import Settings, measure
+from fxprune.sensitivity.tally import StoppingRule
+from fxprune.sensitivity.task import Task
+from fxprune.sensitivity.units import UnitLayout
 
 
 def full_matrix(program: Program, names: list[str], batch: Batch, loss: Any, matrix: Matrix) -> Any:

@@ -13,11 +13,11 @@ from support import trace
 from torch import Tensor, nn
 
 import fxprune
-from fxprune import serialize
 from fxprune.errors import InputError
 from fxprune.facts import MASKS, PLAN, Masks, Plan
-from fxprune.graph_text import graph_text
-from fxprune.verify import sample_units
+from fxprune.graph import serialize
+from fxprune.graph.text import graph_text
+from fxprune.structure.verify import sample_units
 
 
 @given(designs(max_steps=4))

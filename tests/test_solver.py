@@ -9,14 +9,14 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from fxprune.cuts import Problem
-from fxprune.descent import descend
 from fxprune.errors import BudgetError
-from fxprune.landing import enumerate_cuts
-from fxprune.ledger import Floats, Ledger
-from fxprune.merging import Ints
-from fxprune.solver import solve
-from fxprune.widths import Rounding, Widths
+from fxprune.planning.cuts import Problem
+from fxprune.planning.descent import descend
+from fxprune.planning.landing import enumerate_cuts
+from fxprune.planning.ledger import Floats, Ledger
+from fxprune.planning.solver import solve
+from fxprune.planning.widths import Rounding, Widths
+from fxprune.structure.merging import Ints
 
 
 def chain(sizes: list[int], costs: list[float]) -> Ledger:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from fxprune.data import as_data, batches
 from fxprune.errors import InputError
-from fxprune.images import Scaling, read_image
-from fxprune.sources import check_inputs, check_labels, load_data
+from fxprune.inputs.images import Scaling, read_image
+from fxprune.inputs.sources import check_inputs, check_labels, load_data
 
 PLAIN = Scaling(mean=(0.0,), std=(1.0,))
 

@@ -9,15 +9,15 @@ from support import randomise_norms, trace
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.checks import check_masks
 from fxprune.context import Context
 from fxprune.data import Data
-from fxprune.datasets import Arrays
 from fxprune.errors import InputError
 from fxprune.facts import MASKS, Masks
-from fxprune.masks import blocked, follows, smallest, uniform
+from fxprune.graph.program import Program
+from fxprune.inputs.datasets import Arrays
 from fxprune.passes import Finetune, FoldBatchNorm, RemoveChannels, Sparsify
-from fxprune.program import Program
+from fxprune.reconstruction.masks import blocked, follows, smallest, uniform
+from fxprune.run.checks import check_masks
 
 X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 

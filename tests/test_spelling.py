@@ -8,8 +8,8 @@ from support import assert_same, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.export import export_onnx
-from fxprune.spelling import spell_attention, spell_clamps, spell_means
+from fxprune.graph.spelling import spell_attention, spell_clamps, spell_means
+from fxprune.onnx.export import export_onnx
 
 
 class Mean(nn.Module):

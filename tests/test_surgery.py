@@ -5,7 +5,7 @@ from support import assert_same
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.surgery import (
+from fxprune.graph.surgery import (
     drop_unused,
     insert_call,
     read_tensor,

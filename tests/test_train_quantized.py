@@ -8,16 +8,16 @@ from quantized_nets import calibrated, observed
 from support import relative_error
 from torch import Tensor, nn
 
-from fxprune import quantization_recovery
 from fxprune.context import Context
 from fxprune.data import batches
 from fxprune.errors import InputError
 from fxprune.facts import CALIBRATED, MASKS, OBSERVED, Masks
+from fxprune.graph.program import Program
 from fxprune.passes import TrainQuantized
-from fxprune.program import Program
-from fxprune.quantization import fakes, sites
-from fxprune.quantization_observers import METHODS
-from fxprune.quantization_ops import along
+from fxprune.quantization import recovery as quantization_recovery
+from fxprune.quantization.observers import METHODS
+from fxprune.quantization.ops import along
+from fxprune.quantization.stages import fakes, sites
 
 
 def states(program: Program) -> dict[str, Tensor]:

@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from fxprune.context import Context
 from fxprune.data import Data
-from fxprune.datasets import Arrays
-from fxprune.distillation import divergence, objective, relative_distance
 from fxprune.errors import FxpruneError, InputError
 from fxprune.facts import MASKS, Masks
-from fxprune.program import Program
-from fxprune.training import Schedule, train
+from fxprune.graph.program import Program
+from fxprune.inputs.datasets import Arrays
+from fxprune.training.distillation import divergence, objective, relative_distance
+from fxprune.training.loop import Schedule, train
 
 
 def task(count: int = 96) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ from support import trace
 from torch import nn
 
 from fxprune.errors import InputError
-from fxprune.groups import find_groups
-from fxprune.widths import Rounding, Widths, widths
+from fxprune.planning.widths import Rounding, Widths, widths
+from fxprune.structure.groups import find_groups
 
 
 def kept(found: Widths, rounding: Rounding, keep: int = 1) -> list[int]:

@@ -12,8 +12,8 @@ from support import assert_same, without_readers
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.program import Program
-from fxprune.verify import sample_units
+from fxprune.graph.program import Program
+from fxprune.structure.verify import sample_units
 
 
 class Wired(nn.Module):

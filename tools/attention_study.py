@@ -23,11 +23,11 @@ from fxprune import cost, find_groups, remove_units
 from fxprune.compat import enable_torchvision
 from fxprune.context import Context
 from fxprune.data import Data, batches
-from fxprune.export import export_onnx
-from fxprune.groups import Group
-from fxprune.latency import compare
+from fxprune.graph.program import Program
+from fxprune.latency.turns import compare
+from fxprune.onnx.export import export_onnx
 from fxprune.passes import ImplantAttention, Reconstruct
-from fxprune.program import Program
+from fxprune.structure.groups import Group
 from tools.study_models import load_data, load_program, percent
 
 STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))

@@ -21,13 +21,13 @@ from torch import nn
 import fxprune
 from examples.cifar10 import resnet
 from examples.digits.model import digits_net
-from fxprune.budget import Budget
 from fxprune.compat import enable_torchvision
 from fxprune.context import Context
 from fxprune.errors import BudgetError
 from fxprune.facts import PLAN
+from fxprune.graph.program import Program
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
-from fxprune.program import Program
+from fxprune.planning.budget import Budget
 
 
 def torchvision_model(name: str) -> nn.Module:

@@ -18,10 +18,10 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.errors import FxpruneError
-from fxprune.export import export_onnx
-from fxprune.groups import Group
-from fxprune.program import Program
-from fxprune.verify import relative_error, sample_units, verify_removal
+from fxprune.graph.program import Program
+from fxprune.onnx.export import export_onnx
+from fxprune.structure.groups import Group
+from fxprune.structure.verify import relative_error, sample_units, verify_removal
 from tools.coverage_models import build, enliven
 
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -24,9 +24,10 @@ import onnx
 
 from fxprune import cost
 from fxprune.allocator import keep_freed_memory
-from fxprune.export import export_onnx
 from fxprune.facts import SENSITIVITY, Sensitivity
-from fxprune.latency import compare
+from fxprune.graph.program import Program
+from fxprune.latency.turns import compare
+from fxprune.onnx.export import export_onnx
 from fxprune.passes import (
     AnnotateSensitivity,
     FoldBatchNorm,
@@ -36,8 +37,7 @@ from fxprune.passes import (
     Reconstruct,
     RemoveChannels,
 )
-from fxprune.program import Program
-from fxprune.sensitivity_task import Criterion
+from fxprune.sensitivity.task import Criterion
 from tools.rank_study import Study
 from tools.study_models import percent, study_options
 

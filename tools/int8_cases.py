@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
-from fxprune.datasets import Arrays, Samples
-from fxprune.program import Program
+from fxprune.graph.program import Program
+from fxprune.inputs.datasets import Arrays, Samples
 from tools.study_models import CIFAR, HALF, IMAGENET, NETWORKS, Statistics, load_data, load_program
 
 VIT = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

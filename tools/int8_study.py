@@ -32,10 +32,10 @@ from torch.utils.data import Subset
 from fxprune.compat import enable_torchvision
 from fxprune.context import Context
 from fxprune.data import batches
-from fxprune.datasets import Samples
-from fxprune.evaluate import class_axis, run_onnx, run_program
-from fxprune.export import export_onnx
-from fxprune.latency import compare
+from fxprune.graph.program import Program
+from fxprune.inputs.datasets import Samples
+from fxprune.latency.turns import compare
+from fxprune.onnx.export import export_onnx
 from fxprune.passes import (
     AnnotateSensitivity,
     ConvertQuantized,
@@ -47,9 +47,9 @@ from fxprune.passes import (
     TrainQuantized,
 )
 from fxprune.pipeline import Pipeline
-from fxprune.program import Program
-from fxprune.quantization import sums_overflow
-from fxprune.quantization_onnx import inspect_fusion
+from fxprune.quantization.onnx_nodes import inspect_fusion
+from fxprune.quantization.stages import sums_overflow
+from fxprune.training.evaluate import class_axis, run_onnx, run_program
 from tools.int8_cases import CASES, Case, load, shuffled
 
 METHODS = "MinMax,Entropy,Percentile"

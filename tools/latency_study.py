@@ -21,11 +21,11 @@ import torch
 import fxprune
 from fxprune.context import Context
 from fxprune.errors import BudgetError
-from fxprune.latency_bench import Bench, open_bench
-from fxprune.latency_table import Table
+from fxprune.graph.program import Program
+from fxprune.latency.bench import Bench, open_bench
+from fxprune.latency.table import Table
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
 from fxprune.pipeline import Outcome
-from fxprune.program import Program
 from tools.budget_study import NETWORKS
 
 DEFAULT = "digits,resnet20,resnet56,mobilenet_v2"

@@ -25,14 +25,14 @@ from torch.nn import functional as F
 from fxprune import cost, find_groups
 from fxprune.allocator import keep_freed_memory
 from fxprune.context import Context
-from fxprune.cost import activation_bytes
 from fxprune.data import Data, batches, hold_out
-from fxprune.datasets import Samples
 from fxprune.facts import SENSITIVITY
+from fxprune.graph.program import Program
+from fxprune.inputs.datasets import Samples
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RecalibrateNorms, RemoveChannels
-from fxprune.program import Program
-from fxprune.sensitivity_gates import GatedProgram
-from fxprune.sensitivity_task import Criterion
+from fxprune.planning.cost import activation_bytes
+from fxprune.sensitivity.gates import GatedProgram
+from fxprune.sensitivity.task import Criterion
 from tools.study_models import (
     HALF,
     NETWORKS,

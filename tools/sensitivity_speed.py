@@ -26,12 +26,12 @@ from torch.nn import functional as F
 from fxprune import find_groups
 from fxprune.context import Context
 from fxprune.data import Batch, Data, batches
-from fxprune.program import Program
-from fxprune.sensitivity import Settings, measure
-from fxprune.sensitivity_model import Objective, Weights
-from fxprune.sensitivity_probes import TraceProbes
-from fxprune.sensitivity_tally import StoppingRule
-from fxprune.sensitivity_units import UnitLayout
+from fxprune.graph.program import Program
+from fxprune.sensitivity.model import Objective, Weights
+from fxprune.sensitivity.probes import TraceProbes
+from fxprune.sensitivity.scores import Settings, measure
+from fxprune.sensitivity.tally import StoppingRule
+from fxprune.sensitivity.units import UnitLayout
 from tools.study_models import load_data, load_program
 
 

@@ -28,12 +28,12 @@ from safetensors.torch import load_file, save_file
 from fxprune import trace
 from fxprune.context import Context
 from fxprune.data import Data
-from fxprune.datasets import Arrays
 from fxprune.facts import MASKS
-from fxprune.host import peak_memory
+from fxprune.graph.program import Program
+from fxprune.graph.surgery import set_tensor
+from fxprune.inputs.datasets import Arrays
+from fxprune.latency.host import peak_memory
 from fxprune.passes import Reconstruct, Sparsify
-from fxprune.program import Program
-from fxprune.surgery import set_tensor
 
 SIZES = {  # blocks, heads, width, width of the MLP
     "vit_b_16": (12, 12, 768, 3072),

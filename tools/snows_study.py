@@ -28,6 +28,8 @@ from fxprune import cost
 from fxprune.allocator import keep_freed_memory
 from fxprune.context import Context
 from fxprune.facts import MASKS as MASKED
+from fxprune.graph.program import Program
+from fxprune.graph.surgery import set_tensor
 from fxprune.passes import (
     AnnotateSensitivity,
     PlanChannels,
@@ -36,8 +38,6 @@ from fxprune.passes import (
     RemoveChannels,
     Sparsify,
 )
-from fxprune.program import Program
-from fxprune.surgery import set_tensor
 from tools.rank_study import Study
 from tools.study_models import NETWORKS, percent, study_options
 

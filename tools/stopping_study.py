@@ -22,8 +22,8 @@ from torch import Tensor
 from fxprune.context import Context
 from fxprune.data import Data
 from fxprune.facts import SENSITIVITY
+from fxprune.graph.program import Program
 from fxprune.passes import AnnotateSensitivity
-from fxprune.program import Program
 from tools.study_models import load_data, load_program
 
 WAYS: tuple[Mapping[str, Any], ...] = (

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fxprune import trace
-from fxprune.datasets import Arrays
-from fxprune.program import Program
+from fxprune.graph.program import Program
+from fxprune.inputs.datasets import Arrays
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

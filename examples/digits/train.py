@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from examples.digits.model import digits_net
 from fxprune.data import Data, batches
-from fxprune.sources import load_data
+from fxprune.inputs.sources import load_data
 
 HERE = Path(__file__).parent
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
-from fxprune.flow import Rule
-from fxprune.repair import REPAIRS, Repair
 from fxprune.rules import (
     contraction,
     convolution,
@@ -19,6 +17,8 @@ from fxprune.rules import (
     pointwise,
     spatial,
 )
+from fxprune.structure.flow import Rule
+from fxprune.structure.repair import REPAIRS, Repair
 
 _registered: dict[Any, Rule] = {}
 _repairs: dict[Any, Repair] = {}

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.calls import arguments
-from fxprune.flow import Flow, Read, Rule
-from fxprune.labels import Labels, Layer
+from fxprune.graph.calls import arguments
+from fxprune.structure.flow import Flow, Read, Rule
+from fxprune.structure.labels import Labels, Layer
 
 aten = torch.ops.aten
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.calls import arguments
-from fxprune.flow import Flow, Rule
-from fxprune.labels import Labels, Layer
+from fxprune.graph.calls import arguments
 from fxprune.rules.movement import replay
+from fxprune.structure.flow import Flow, Rule
+from fxprune.structure.labels import Labels, Layer
 
 aten = torch.ops.aten
 

@@ -1,0 +1,182 @@
+"""Capture: a PyTorch module becomes a program, through ``torch.export`` (non-strict)."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import TraceError
+from fxprune.graph.canonical import canonicalise
+from fxprune.graph.program import Program
+
+log = logging.getLogger(__name__)
+
+Dynamic = Mapping[int, frozenset[int]]
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    *,
+    dynamic: Mapping[int, frozenset[int]] | None = None,
+) -> Program:
+    """Capture a model as a program; the model itself is left as it was.
+
+    The graph is that of evaluation mode: batch norm and dropout stay whole and can be switched by
+    ``Program.train``, stochastic depth is gone. Sizes are literals except for dynamic dimensions.
+
+    Args:
+        model: any module that ``torch.export`` can capture.
+        example_inputs: positional inputs; a batch of one is enough.
+        dynamic: per flattened tensor input (by number), the dimensions that may vary. By default
+            dimension 0 of every input, if they all agree on its size and the model permits.
+
+    Raises:
+        TraceError: ``torch.export`` cannot capture the model; the message carries its reason.
+
+    """
+    if not isinstance(example_inputs, tuple):
+        raise TraceError(
+            f"example_inputs must be a tuple of positional inputs, not a "
+            f"{type(example_inputs).__name__}; write trace(model, (x,))"
+        )
+    wanted = _batch_dimensions(example_inputs) if dynamic is None else dict(dynamic)
+    with _evaluation(model), torch.no_grad():
+        exported = _export(model, example_inputs, wanted)
+    return from_exported(exported, example_inputs)
+
+
+def from_exported(exported: ExportedProgram, example_inputs: tuple[Any, ...]) -> Program:
+    """Make a program of what ``torch.export`` captured; its tensors are copied."""
+    module = exported.module()
+    graph_module = copy.deepcopy(fx.GraphModule(module, module.graph, "Program"))
+    program = Program(graph_module, example_inputs, _dynamic_dimensions(exported))
+    canonicalise(program)
+    program.refresh()
+    return program
+
+
+def _batch_dimensions(inputs: tuple[Any, ...]) -> dict[int, frozenset[int]]:
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    sizes = {tensor.shape[0] for tensor in tensors if tensor.dim()}
+    if len(sizes) != 1:
+        return {}
+    return {number: frozenset({0}) for number, tensor in enumerate(tensors) if tensor.dim()}
+
+
+def _export(
+    model: nn.Module, inputs: tuple[Any, ...], dynamic: Mapping[int, frozenset[int]]
+) -> ExportedProgram:
+    """Export with the dimensions dynamic if the model permits, else with none."""
+    if dynamic:
+        try:
+            exported = _export_dynamic(model, inputs, dynamic)
+        except Exception as error:
+            # torch.export raises many types; the static attempt below reports what is fatal.
+            log.info("dynamic capture failed, capturing with fixed sizes: %s", error)
+        else:
+            if _dynamic_dimensions(exported) or _same_batch(exported, inputs):
+                return exported
+    try:
+        return torch.export.export(model, inputs, strict=False)
+    except Exception as error:
+        _check_that_it_runs(model, inputs)
+        reason = f"{type(error).__name__}: {error}".strip().split("\n\n")[0]
+        raise TraceError(
+            f"torch.export cannot capture {type(model).__name__}: {reason}. "
+            "Data-dependent control flow is the usual cause; capture the part without it, such as "
+            "a detection model's backbone"
+        ) from error
+
+
+def _check_that_it_runs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    try:
+        model(*inputs)
+    except Exception as error:
+        shapes = [
+            "x".join(map(str, leaf.shape)) if isinstance(leaf, Tensor) else type(leaf).__name__
+            for leaf in pytree.tree_leaves(inputs)
+        ]
+        raise TraceError(
+            f"{type(model).__name__} does not run on inputs of {', '.join(shapes)} (a batch of "
+            f"samples): {str(error).strip().splitlines()[0]}; give it what it was trained on"
+        ) from error
+
+
+def _export_dynamic(
+    model: nn.Module, inputs: tuple[Any, ...], dynamic: Mapping[int, frozenset[int]]
+) -> ExportedProgram:
+    leaves, spec = pytree.tree_flatten(inputs)
+    number = 0
+    doubled: list[Any] = []
+    shapes: list[Any] = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            doubled.append(leaf)
+            shapes.append(None)
+            continue
+        dims = dynamic.get(number, frozenset())
+        number += 1
+        for dim in dims:  # a size of one would be taken for a constant
+            if leaf.shape[dim] == 1:
+                leaf = torch.cat([leaf, leaf], dim)
+        doubled.append(leaf)
+        shapes.append(dict.fromkeys(dims, Dim.AUTO) or None)
+    return torch.export.export(
+        model,
+        pytree.tree_unflatten(doubled, spec),
+        dynamic_shapes=pytree.tree_unflatten(shapes, spec),
+        strict=False,
+    )
+
+
+def _placeholders(exported: ExportedProgram) -> list[Tensor]:
+    names = set(exported.graph_signature.user_inputs)
+    values = [
+        n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder" and n.name in names
+    ]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _dynamic_dimensions(exported: ExportedProgram) -> tuple[frozenset[int], ...]:
+    found = tuple(
+        frozenset(d for d, size in enumerate(value.shape) if not _is_fixed(size))
+        for value in _placeholders(exported)
+    )
+    return found if any(found) else ()
+
+
+def _is_fixed(size: int | torch.SymInt) -> bool:
+    # A symbol that a later literal pinned (view(4, ...)) stays a SymInt, with a known value.
+    return isinstance(size, int) or size.node.maybe_as_int() is not None
+
+
+def _same_batch(exported: ExportedProgram, inputs: tuple[Any, ...]) -> bool:
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return all(
+        tuple(value.shape) == tuple(tensor.shape)
+        for value, tensor in zip(_placeholders(exported), tensors, strict=True)
+    )
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with warnings.catch_warnings():
+            # Recurrent layers keep a list of their weights, which torch.export notices.
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,1 @@
+"""Cheaper operators for outputs of a layer, instead of removal."""

@@ -1,0 +1,1 @@
+"""Latency in ONNX Runtime: measured, predicted, planned for."""

@@ -1,0 +1,102 @@
+"""A bench for latency: the dense model measured, and others predicted or measured beside it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fxprune.graph.program import Program
+from fxprune.latency.model import Calibration, LatencyLedger
+from fxprune.latency.profile import Profiled, profile
+from fxprune.latency.table import Table
+from fxprune.latency.terms import elements_of, latency_terms, shapes_of
+from fxprune.latency.turns import compare
+from fxprune.onnx.export import export_onnx
+from fxprune.progress import Tracker
+from fxprune.structure.groups import Group
+
+LAYERS = frozenset(
+    {"Conv", "ConvTranspose", "MatMul", "Gemm"} | {"FusedConv", "FusedMatMul", "FusedGemm"}
+)
+SECONDS = 1.0
+RUNS = 30
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What latencies are measured and predicted with.
+
+    Attributes:
+        folder: where the dense model's ONNX file is.
+        table: times of layers.
+        dense_ms: the dense model's latency.
+        how: what makes latencies of layers' times, such that the dense model's is right.
+        progress: shows the measuring of layers.
+
+    """
+
+    folder: Path
+    table: Table
+    dense_ms: float
+    how: Calibration
+    progress: Tracker | None = None
+
+    def ledger(self, program: Program, groups: Sequence[Group]) -> LatencyLedger:
+        """Return latency as a function of how many units each group loses."""
+        terms = latency_terms(program, groups)
+        self.table.fill((shape for term in terms for shape in term.shapes), self.progress)
+        return LatencyLedger.of(terms, len(groups), self.table, self.how)
+
+    def predict(self, program: Program) -> float:
+        """Return a program's milliseconds by the table, its layers measured at their own widths."""
+        self.table.fill(shapes_of(program))
+        return self.how.predict(program, self.table)
+
+    def measure(self, program: Program) -> float:
+        """Return a program's milliseconds: the dense latency, by the ratio of runs in turns.
+
+        Of both the fastest tenth counts, which other work on the machine disturbs least.
+        """
+        path = self.folder / "small.onnx"
+        export_onnx(program, path, check=False)
+        files = {"dense": self.folder / "dense.onnx", "small": path}
+        found = compare(files, threads=self.table.host.threads, seconds=SECONDS)
+        return self.dense_ms * found["small"].p10_ms / found["dense"].p10_ms
+
+
+def open_bench(
+    dense: Program, folder: Path, table: Table, progress: Tracker | None = None
+) -> Bench:
+    """Export the dense model into a folder, measure it, and calibrate the table to it."""
+    path = folder / "dense.onnx"
+    export_onnx(dense, path, check=False)
+    threads = table.host.threads
+    whole = compare({"dense": path}, threads=threads, seconds=SECONDS)["dense"].median_ms
+    shapes = shapes_of(dense)
+    table.fill(shapes)
+    with tempfile.TemporaryDirectory(prefix="fxprune-", dir=folder) as scratch:
+        nodes = profile(path, threads, RUNS, Path(scratch))
+    us, elements = float(table.us(shapes).sum()), elements_of(dense)
+    return Bench(folder, table, whole, calibrate(nodes, whole, us, elements), progress)
+
+
+def calibrate(
+    nodes: Mapping[str, Profiled], whole: float, us: float, elements: float
+) -> Calibration:
+    """Split a network's latency as its profile does into layers, other operators and the rest.
+
+    Args:
+        nodes: the profile.
+        whole: the latency, in milliseconds.
+        us: what the table says of its layers.
+        elements: how many are computed outside of layers.
+
+    """
+    in_layers = sum(node.us for node in nodes.values() if node.operator in LAYERS) / 1e3
+    total = sum(node.us for node in nodes.values()) / 1e3
+    scale = min(1.0, whole / total) if total else 1.0  # a profile's own cost is not the network's
+    per_us = scale * in_layers / us if us else 0.0
+    per_element = scale * (total - in_layers) / elements if elements else 0.0
+    return Calibration(per_us, per_element, whole - per_us * us - per_element * elements)

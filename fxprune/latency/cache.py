@@ -1,0 +1,109 @@
+"""Times of layers kept on disk, one file per kind of host, so that they are measured once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnxruntime
+
+from fxprune.latency.host import cache_folder, features, processor
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the times of layers depend on besides the layers.
+
+    Attributes:
+        cpu: the processor's name.
+        features: its vector extensions.
+        runtime: the version of ONNX Runtime.
+        threads: of one operator.
+
+    """
+
+    cpu: str
+    features: tuple[str, ...]
+    runtime: str
+    threads: int
+
+    @classmethod
+    def here(cls, threads: int) -> Host:
+        """Describe this host."""
+        return cls(processor(), features(), onnxruntime.__version__, threads)
+
+    @property
+    def path(self) -> Path:
+        """The file for this host in the user's cache folder."""
+        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        return cache_folder() / "latency" / f"{digest}.json"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One layer's time.
+
+    Attributes:
+        us: microseconds per run, the fastest of several sweeps.
+        spread: by what share of it the slowest sweep took longer.
+        when: seconds since the epoch.
+
+    """
+
+    us: float
+    spread: float
+    when: float
+
+
+def load(path: Path) -> tuple[dict[str, Timing], str | None]:
+    """Read the times in a file, and say what is wrong with it if it cannot be read.
+
+    A file that does not exist has no times; neither has one that is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            return {}, f"the latency table {path} has another format; it is measured anew"
+        found = {str(key): Timing(*map(float, row)) for key, row in content["times"].items()}
+        if not all(0 < one.us < float("inf") for one in found.values()):
+            raise ValueError("a time is not positive")
+    except FileNotFoundError:
+        return {}, None
+    except OSError as error:
+        return {}, f"the latency table {path} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {}, f"the latency table {path} is damaged ({error}); it is measured anew"
+    return found, None
+
+
+def save(path: Path, host: Host, times: Mapping[str, Timing]) -> str | None:
+    """Add times to those in a file, whole or not at all; return why it could not be done."""
+    merged = load(path)[0] | dict(times)
+    rows = {key: [one.us, one.spread, one.when] for key, one in sorted(merged.items())}
+    text = json.dumps({"format": FORMAT, "host": asdict(host), "times": rows}, indent=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            Path(aside).replace(path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
+    except OSError as error:
+        return f"the latency table could not be kept in {path} ({error.strerror})"
+    return None
+
+
+def age(times: Mapping[str, Timing]) -> float:
+    """Return how many days ago the oldest of the times was measured."""
+    oldest = min((one.when for one in times.values()), default=time.time())
+    return max(time.time() - oldest, 0.0) / 86400

@@ -1,0 +1,145 @@
+"""The terms of a program's latency: its layers on grids of widths, and everything else."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import fx
+
+from fxprune.graph.program import Program, shape_of
+from fxprune.latency.layers import Dim, Kind, Layer, layers, layers_of, others
+from fxprune.latency.table import Shape
+from fxprune.planning.cost import Shrinkage, batch_of
+from fxprune.planning.ledger import Floats
+from fxprune.structure.groups import Group
+
+BLOCK = 8  # channels that ONNX Runtime's convolutions compute at once, at least
+FINE = 64  # up to so many channels every block is measured
+AXES = 3
+KNOTS = (1, 9, 9, 5)  # per axis, by number of axes
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """Dimensions of a layer that shrink together.
+
+    Attributes:
+        length: what is left of it when nothing is removed; divides the size of every dimension.
+        shrink: by how much one unit of each group shrinks it.
+        block: to a multiple of what kernels round it up.
+
+    """
+
+    length: int
+    shrink: Floats
+    block: int = 1
+
+    def knots(self, count: int) -> tuple[int, ...]:
+        """Return about so many lengths, ascending: multiples, a short one and the full one."""
+        unit = BLOCK if self.length > BLOCK else 1
+        if self.length > min(FINE, unit * count):
+            unit = 2 * BLOCK if self.length > BLOCK else 1
+            unit *= math.ceil(self.length / (unit * (count - 1)))
+        least = (BLOCK,) if unit > BLOCK else ()
+        return (*least, *range(unit, self.length, unit), self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One layer, or one other operator, over the axes that its time depends on.
+
+    Attributes:
+        axes: at most three.
+        knots: by axis, the lengths at which its time is known.
+        shapes: the layer at every combination of knots, the last axis fastest; none where time
+            goes by the elements.
+        elements: how many it computes for one sample when nothing is removed.
+
+    """
+
+    axes: tuple[Axis, ...]
+    knots: tuple[tuple[int, ...], ...]
+    shapes: tuple[Shape, ...]
+    elements: float = 0.0
+
+
+def shapes_of(program: Program) -> list[Shape]:
+    """Return the layers of a program as it is, for one sample."""
+    return [_shape(layer) for layer in layers(program, batch_of(program))]
+
+
+def shape_of_layer(node: fx.Node, batch: int) -> Shape:
+    """Return the layer that a convolution or a linear node is, for one sample."""
+    return _shape(next(layers_of(node, batch)))
+
+
+def _shape(layer: Layer) -> Shape:
+    return Shape(layer.kind, layer.geometry, tuple(map(_size, layer.dims)))
+
+
+def elements_of(program: Program) -> float:
+    """Return how many elements a program computes for one sample outside of layers."""
+    return sum(math.prod(shape_of(node)) for node in others(program)) / batch_of(program)
+
+
+def latency_terms(program: Program, groups: Sequence[Group]) -> list[Term]:
+    """Return the terms of a program's latency over its groups."""
+    shrinkage = Shrinkage.of(program, groups)
+    batch = batch_of(program)
+    of_layers = (_of_layer(layer, shrinkage) for layer in layers(program, batch))
+    return [*of_layers, *(_of_elements(node, shrinkage, batch) for node in others(program))]
+
+
+def _size(dim: Dim) -> int:
+    return dim if isinstance(dim, int) else shape_of(dim[0])[dim[1]]
+
+
+def _of_layer(layer: Layer, shrinkage: Shrinkage) -> Term:
+    """Tie dimensions that shrink in proportion into axes, and lay a grid over these."""
+    sizes = tuple(map(_size, layer.dims))
+    tied: dict[bytes, list[int]] = {}
+    shares: dict[int, Floats] = {}
+    for number, (dim, size) in enumerate(zip(layer.dims, sizes, strict=True)):
+        shrink = None if isinstance(dim, int) else shrinkage.at(*dim)
+        if shrink is not None:
+            shares[number] = shrink / size
+            tied.setdefault(np.round(shrink / size, 12).tobytes(), []).append(number)
+    members = list(tied.values())[:AXES]
+    axes = []
+    for own in members:
+        length = math.gcd(*(sizes[number] for number in own))
+        channels = "conv" in layer.kind and length == max(sizes[number] for number in own)
+        axes.append(Axis(length, shares[own[0]] * length, BLOCK if channels else 1))
+    knots = tuple(axis.knots(KNOTS[len(axes)]) for axis in axes)
+    shapes = []
+    for point in itertools.product(*knots):
+        dims = list(sizes)
+        for axis, own, length in zip(axes, members, point, strict=True):
+            for number in own:
+                dims[number] = sizes[number] // axis.length * length
+        shapes.append(Shape(layer.kind, layer.geometry, _divisible(layer.kind, dims)))
+    return Term(tuple(axes), knots, tuple(shapes))
+
+
+def _divisible(kind: Kind, dims: list[int]) -> tuple[int, ...]:
+    """Round the channels of a grouped convolution down to what its groups divide."""
+    if kind in ("linear", "matmul"):
+        return tuple(dims)
+    channels, outputs, per_group = dims
+    if kind == "conv":
+        groups = channels // per_group
+        return channels, max(outputs // groups, 1) * groups, per_group
+    groups = outputs // per_group
+    return max(channels // groups, 1) * groups, outputs, per_group
+
+
+def _of_elements(node: fx.Node, shrinkage: Shrinkage, batch: int) -> Term:
+    shape = shape_of(node)
+    found = [(size, shrinkage.at(node, dim)) for dim, size in enumerate(shape)]
+    axes = tuple(Axis(size, shrink) for size, shrink in found if shrink is not None)[:AXES]
+    knots = tuple((0, axis.length) for axis in axes)
+    return Term(axes, knots, (), math.prod(shape) / batch)

@@ -1,0 +1,193 @@
+"""Programs to ONNX, checked against PyTorch in ONNX Runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from fxprune.errors import PostconditionError
+from fxprune.graph.program import Program
+from fxprune.graph.spelling import spell_attention, spell_clamps
+from fxprune.graph.surgery import insert_call, replace_node
+from fxprune.onnx.trim import trim
+from fxprune.quantization.onnx_nodes import (
+    GLOBAL_AVERAGE,
+    TRANSLATIONS,
+    is_quantized,
+    shield_floats,
+)
+from fxprune.structure.verify import relative_error
+
+aten = torch.ops.aten
+PARITY_LIMIT = 1e-3
+QUANTIZED_PARITY_LIMIT = 0.1
+ONE_FILE_LIMIT = 2**31 - 2**24  # protobuf holds less than 2 GiB; some room for the graph
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """What was written, and how near ONNX Runtime comes to PyTorch.
+
+    Attributes:
+        parity: the largest difference between outputs over the largest output; None if unchecked.
+        onnx_bytes: size of the file, external weights included.
+
+    """
+
+    parity: float | None
+    onnx_bytes: int
+
+
+def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> ExportCheck:
+    """Write a program as ONNX; the file appears whole, and only if it is right.
+
+    The batch dimension is dynamic where the program's is. Weights are in the file itself unless
+    they exceed 2 GB.
+
+    Args:
+        program: what to write; it is not changed.
+        path: the file.
+        check: run it in ONNX Runtime on the example inputs and, where the batch is dynamic, on
+            another batch size.
+
+    Raises:
+        PostconditionError: ONNX Runtime's outputs differ by more than ``parity_limit``.
+
+    """
+    path = Path(path)
+    ready = program.copy().to("cpu").eval()
+    spell_attention(ready)
+    spell_clamps(ready)
+    _spell_averages(ready)
+    shield_floats(ready)
+    ready.refresh()
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with _quiet():
+            _write(ready, aside)
+        parity = _parity(ready, aside) if check else None
+        limit = parity_limit(ready)
+        if parity is not None and not parity <= limit:
+            raise PostconditionError(
+                f"ONNX Runtime's output differs from PyTorch's by {parity:.2e} of the largest "
+                f"value (limit {limit:g}); {path} was not written; please report it with "
+                "the model"
+            )
+        size = sum(part.stat().st_size for part in path.parent.glob(f"{aside.name}*"))
+        for part in sorted(path.parent.glob(f"{aside.name}*")):
+            part.replace(path.with_name(part.name.replace(aside.name, path.name)))
+    finally:
+        for part in path.parent.glob(f"{aside.name}*"):
+            part.unlink()
+    return ExportCheck(parity, size)
+
+
+def parity_limit(program: Program) -> float:
+    """Return the largest difference from ONNX Runtime that passes, of the largest output.
+
+    Rounding to codes turns the last bit of a sum into a whole step now and then, and later layers
+    carry it on; predictions tell more there.
+    """
+    return QUANTIZED_PARITY_LIMIT if is_quantized(program) else PARITY_LIMIT
+
+
+def _write(program: Program, path: Path) -> None:
+    inputs, shapes = _doubled(program)
+    weights = sum(t.numel() * t.element_size() for t in program.graph_module.state_dict().values())
+    onnx_program = torch.onnx.export(
+        program.graph_module,
+        inputs,
+        dynamo=True,
+        dynamic_shapes=shapes,
+        verbose=False,
+        external_data=weights > ONE_FILE_LIMIT,
+        custom_translation_table=dict(TRANSLATIONS),
+    )
+    assert onnx_program is not None
+    trim(onnx_program.model)
+    onnx_program.save(str(path), external_data=weights > ONE_FILE_LIMIT)
+
+
+def _doubled(program: Program) -> tuple[tuple[Any, ...], Any]:
+    """Example inputs with at least two of every dynamic size, and which sizes are dynamic."""
+    leaves, spec = pytree.tree_flatten(program.example_inputs)
+    dims = iter(program.dynamic)
+    inputs: list[Any] = []
+    shapes: list[Any] = []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            inputs.append(leaf)
+            shapes.append(None)
+            continue
+        dynamic = next(dims, frozenset())
+        for dim in dynamic:
+            if leaf.shape[dim] == 1:
+                leaf = torch.cat([leaf, leaf], dim)
+        inputs.append(leaf)
+        shapes.append(dict.fromkeys(dynamic, Dim.AUTO) or None)
+    shape_tree = pytree.tree_unflatten(shapes, spec) if program.dynamic else None
+    return pytree.tree_unflatten(inputs, spec), shape_tree
+
+
+def _parity(program: Program, path: Path) -> float:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for inputs in (program.example_inputs, _doubled(program)[0]):
+        with torch.no_grad():
+            expected = [t for t in pytree.tree_leaves(program(*inputs)) if isinstance(t, Tensor)]
+        found = session.run(None, feeds(session, inputs))
+        for left, right in zip(expected, found, strict=True):
+            worst = max(worst, relative_error(left, torch.from_numpy(np.asarray(right))))
+    return worst
+
+
+def feeds(session: onnxruntime.InferenceSession, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Name a program's inputs as an ONNX Runtime session does."""
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    names = [item.name for item in session.get_inputs()]
+    return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=False)}
+
+
+def initialiser_elements(path: str | Path) -> int:
+    """Count the elements of all weights in an ONNX file."""
+    model = onnx.load(str(path), load_external_data=False)
+    return sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress lines and its notes on its own internals off the screen."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _spell_averages(program: Program) -> None:
+    """Write averages over all places as such: the exporter gathers and reshapes around them."""
+    for node in list(program.graph.nodes):
+        if node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
+            replace_node(program, node, insert_call(program, node, GLOBAL_AVERAGE, node.args[:1]))

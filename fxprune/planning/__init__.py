@@ -1,0 +1,1 @@
+"""Budgets, what cuts cost, and the cuts that meet a budget."""

@@ -1,0 +1,1 @@
+"""Values as 8-bit codes."""

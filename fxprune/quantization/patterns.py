@@ -1,0 +1,232 @@
+"""What ONNX Runtime's CPU kernels run on 8-bit codes, and so where a program is to be quantised.
+
+The table was taken from the optimised graphs of ONNX Runtime 1.20 to 1.31 on x64. An operator
+outside it runs on floating-point numbers, and reads them from codes where it follows a quantised
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.graph.calls import argument, arguments, packet_of
+from fxprune.graph.program import Program, shape_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One kind of node that runs on codes.
+
+    Attributes:
+        onnx: the ONNX operator that the runtime fuses with the codes around it.
+        operators: what it is called in a program.
+        weight: which argument is a stored weight; None where all tensors are activations.
+        output: it fuses only if its output, after a clamp at most, becomes codes too.
+        follows: it is worth it only where every input comes from codes already; one that neither
+            follows nor has a weight runs on codes only where that is asked for.
+
+    """
+
+    onnx: str
+    operators: tuple[Any, ...]
+    weight: int | None = None
+    output: bool = True
+    follows: bool = False
+
+
+BACKEND: tuple[Pattern, ...] = (
+    Pattern("Conv", (aten.conv1d, aten.conv2d, aten.conv3d), weight=1),
+    Pattern("Gemm", (aten.linear,), weight=1, output=False),
+    Pattern("MatMul", (aten.matmul, aten.bmm), output=False),
+    Pattern("Add", (aten.add,), follows=True),
+    Pattern("AveragePool", (aten.avg_pool2d, aten.adaptive_avg_pool2d), follows=True),
+)
+# Clamps that vanish into the quantisation of their result, because its lowest code is their floor.
+CLAMPS = (aten.relu, aten.relu6, aten.hardtanh, aten.clamp, aten.clamp_min)
+# Operators whose results are among their inputs, or zero: codes go through them as they are.
+MOVES = (
+    aten.slice, aten.select, aten.pad, aten.constant_pad_nd, aten.view, aten.reshape, aten.flatten,
+    aten.unflatten, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.expand,
+    aten.contiguous, aten.max_pool2d, aten.pixel_shuffle, aten.channel_shuffle, aten.cat,
+)  # fmt: skip
+
+
+def pattern_of(node: fx.Node) -> Pattern | None:
+    """Return the pattern that a node is an instance of."""
+    packet = packet_of(node)
+    pattern = next((item for item in BACKEND if packet in item.operators), None)
+    if pattern is None or not _suits(node, pattern):
+        return None
+    return pattern
+
+
+def _suits(node: fx.Node, pattern: Pattern) -> bool:
+    if pattern.weight is not None:
+        return True
+    inputs = list(sources(node))
+    if not pattern.follows:  # a product of activations
+        return len(set(inputs)) == 2 and all(item.op == "call_function" for item in inputs)
+    if packet_of(node) is aten.add:
+        return len(inputs) == 2 and argument(node, "alpha") == 1 and len(set(inputs)) == 2
+    if packet_of(node) is aten.adaptive_avg_pool2d:
+        return shape_of(node)[-2:] == (1, 1)
+    return True
+
+
+def sources(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the activations that a pattern or a move reads."""
+    pattern = next((item for item in BACKEND if packet_of(node) in item.operators), None)
+    if pattern is not None and pattern.weight is not None:
+        yield node.args[0]  # type: ignore[misc]  # the input of a layer is a node
+        return
+    for item in node.all_input_nodes:
+        value = item.meta.get("val")
+        if isinstance(value, Tensor) and value.is_floating_point():
+            yield item
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a node multiplies two activations, as attention does."""
+    pattern = pattern_of(node)
+    return pattern is not None and pattern.weight is None and not pattern.follows
+
+
+def weight_name(layer: fx.Node) -> str:
+    """Return the name of a layer's stored weight."""
+    weight = layer.args[1]
+    assert isinstance(weight, fx.Node)
+    return str(weight.target)
+
+
+def is_move(node: fx.Node) -> bool:
+    """Whether codes can go through a node as they are."""
+    if packet_of(node) not in MOVES:
+        return False
+    if packet_of(node) in (aten.pad, aten.constant_pad_nd):
+        given = arguments(node)
+        return given.get("mode", "constant") == "constant" and not given["value"]
+    return True
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """Return what a value was before moves; of a concatenation, the first part."""
+    while is_move(node):
+        node = next(sources(node))
+    return node
+
+
+def is_depthwise(node: fx.Node) -> bool:
+    """Whether a layer is a convolution of each channel by itself."""
+    groups: int = arguments(node).get("groups", 1)
+    return groups > 1 and shape_of(node.args[1])[1] == 1  # type: ignore[arg-type]
+
+
+def tail(node: fx.Node) -> fx.Node:
+    """Return the clamp that is the only reader of a node, or the node itself."""
+    if len(node.users) != 1:
+        return node
+    user = next(iter(node.users))
+    return user if _is_floor_at_zero(user) else node
+
+
+def _is_floor_at_zero(node: fx.Node) -> bool:
+    match packet_of(node):
+        case aten.relu | aten.relu6:
+            return True
+        case aten.hardtanh:
+            return bool(argument(node, "min_val") == 0)
+        case aten.clamp | aten.clamp_min:
+            return bool(argument(node, "min") == 0)
+    return False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where codes are to come.
+
+    Attributes:
+        layers: nodes with weights that are to run on codes.
+        others: other nodes that are to run on codes.
+        roots: by value that becomes codes, those of its readers that read them.
+        keys: by such value, the name of its scale; values that meet in a move share one.
+
+    """
+
+    layers: tuple[fx.Node, ...]
+    others: tuple[fx.Node, ...]
+    roots: Mapping[fx.Node, tuple[fx.Node, ...]]
+    keys: Mapping[fx.Node, str]
+
+
+def place(program: Program, layers: frozenset[fx.Node]) -> Placement:
+    """Decide which values become codes, so that these layers and what lies between them fuse.
+
+    Products of activations run on codes where they are among the layers.
+    """
+    coded: set[fx.Node] = set()  # values that come out of fused nodes, or moves of such
+    read: dict[fx.Node, list[fx.Node]] = {}  # by value, who wants codes of it
+    others = []
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        pattern = pattern_of(node)
+        if pattern is not None and _runs(node, pattern, layers, coded):
+            others += [] if pattern.weight is not None else [node]
+            for source in sources(node):
+                read.setdefault(source, []).append(node)
+            if pattern.output:
+                coded.add(tail(node))
+        elif is_move(node) and all(source in coded for source in sources(node)):
+            coded.add(node)
+    return _rooted(program, layers, tuple(others), coded, read)
+
+
+def _runs(node: fx.Node, pattern: Pattern, layers: frozenset[fx.Node], coded: set[fx.Node]) -> bool:
+    if not pattern.follows:
+        return node in layers
+    return all(source in coded for source in sources(node))
+
+
+def _rooted(
+    program: Program,
+    layers: frozenset[fx.Node],
+    others: tuple[fx.Node, ...],
+    coded: set[fx.Node],
+    read: dict[fx.Node, list[fx.Node]],
+) -> Placement:
+    """Trace every wanted value back through moves to where it is computed."""
+
+    def moves(node: fx.Node) -> bool:
+        return is_move(node) and (packet_of(node) is not aten.cat or node in coded)
+
+    for node in reversed(list(program.graph.nodes)):
+        if node in read and moves(node):
+            for source in sources(node):
+                read.setdefault(source, []).append(node)
+    order = [node for node in program.graph.nodes if node in read or node in coded]
+    roots = [node for node in order if not moves(node)]
+    parent = {node: node for node in order}
+
+    def find(node: fx.Node) -> fx.Node:
+        above: fx.Node = parent[node]
+        return node if above is node else find(above)
+
+    for node in order:
+        if moves(node) and node in read:
+            first, *rest = [find(source) for source in sources(node)]
+            parent[node] = first
+            for other in rest:
+                parent[find(other)] = find(first)
+    return Placement(
+        tuple(node for node in program.graph.nodes if node in layers and not is_product(node)),
+        others,
+        {node: tuple(node.users) if node in coded else tuple(read[node]) for node in roots},
+        {node: find(node).name for node in roots},
+    )

@@ -1,0 +1,174 @@
+"""A layer's problem with a look ahead: how far the next operations are from the dense ones.
+
+    loss(W) = 1/2 sum over outputs k of  w_k * || f_k(W; X) - f_k(dense) ||^2 / samples
+
+with ``w_k`` one over the mean square of the dense value, so that every operation counts alike. The
+curvature is that of the loss (``newton``), or of its residuals alone (``gauss-newton``), which has
+no negative directions. Either is linearised once at a point, and then only multiplied with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fxprune.graph.calls import argument, packet_of
+from fxprune.graph.program import Program
+from fxprune.reconstruction.activations import Values
+from fxprune.reconstruction.newton import Product, Vector, along
+from fxprune.reconstruction.region import Region, affine_tail
+
+aten = torch.ops.aten
+Curvature = Literal["gauss-newton", "newton"]
+Solver = Literal["own", "paper"]
+Batch = tuple[Values, list[Tensor]]  # the frontier, and the dense values at the outputs
+TINY = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Lookahead:
+    """A region, the tensors in it that may change, and batches to see it on.
+
+    Attributes:
+        program: what the region is part of.
+        region: what the loss looks at.
+        names: the variables: the layer's weight, and what shifts its outputs.
+        keep: by variable, which of its elements may change; None for all.
+        batch: returns a batch by number.
+        fixed: other tensors to compute the region with, by name.
+        weighed: whether every operation counts alike; if not, ``w_k`` is two for all.
+
+    """
+
+    program: Program
+    region: Region
+    names: tuple[str, ...]
+    keep: tuple[Tensor | None, ...]
+    batch: Callable[[int], Batch]
+    fixed: Mapping[str, Tensor]
+    weighed: bool = True
+
+    @functools.cached_property
+    def _aliases(self) -> dict[str, list[str]]:
+        """By variable, all the names that its tensor is read under."""
+        read = [str(node.target) for node in self.program.tensor_nodes()]
+        tensor = self.program.tensor
+        return {
+            name: [other for other in read if tensor(other) is tensor(name)] for name in self.names
+        }
+
+    def point(self) -> Vector:
+        """Return the variables as they are."""
+        return tuple(self.program.tensor(name).detach() for name in self.names)
+
+    def restrict(self, vector: Vector) -> Vector:
+        """Return a vector without what may not change."""
+        pairs = zip(vector, self.keep, strict=True)
+        return tuple(part if keep is None else part * keep for part, keep in pairs)
+
+    def residuals(self, batch: Batch) -> Callable[..., Vector]:
+        """Return the weighed differences at the outputs as a function of the variables."""
+        frontier, wanted = batch
+        scales = self._scales(wanted)
+
+        def differences(*point: Tensor) -> Vector:
+            given = dict(self.fixed)
+            for name, part in zip(self.names, point, strict=True):
+                given |= dict.fromkeys(self._aliases[name], part)
+            values = self.region.run(self.program, frontier, given)
+            return tuple(
+                (values[node] - value) * scale
+                for node, value, scale in zip(self.region.outputs, wanted, scales, strict=True)
+            )
+
+        return differences
+
+    def _scales(self, wanted: list[Tensor]) -> list[Tensor]:
+        """What the differences at each output are multiplied by."""
+        if not self.weighed:
+            return [wanted[0].new_tensor(len(wanted[0]) ** -0.5)] * len(wanted)
+        return [
+            (0.5 / len(wanted) / value.square().mean().clamp_min(TINY)).sqrt()
+            / value.numel() ** 0.5
+            for value in wanted
+        ]  # fmt: skip
+
+    def loss(self, numbers: Sequence[int], point: Vector) -> float:
+        """Return the mean loss over batches."""
+        losses = (_square(self.residuals(self.batch(n))(*point)) for n in numbers)
+        return float(sum(float(loss) for loss in losses)) / len(numbers)
+
+    def gradient(self, numbers: Sequence[int], point: Vector) -> Vector:
+        """Return the gradient of the mean loss over batches."""
+        found = tuple(torch.zeros_like(part) for part in point)
+        for number in numbers:
+            part = self._gradient(self.residuals(self.batch(number)), point)
+            found = along(found, 1 / len(numbers), part)
+        return self.restrict(found)
+
+    def _gradient(self, residuals: Callable[..., Vector], point: Vector) -> Vector:
+        leaves = tuple(part.detach().requires_grad_() for part in point)
+        with torch.enable_grad():
+            loss = _square(residuals(*leaves))
+        return torch.autograd.grad(loss, leaves)
+
+    def product(self, number: int, point: Vector, curvature: Curvature) -> Product:
+        """Return the multiplication by the curvature on one batch, linearised at a point."""
+        leaves = tuple(part.detach().requires_grad_() for part in point)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
+            differences = self.residuals(self.batch(number))(*leaves)
+            multiply = _of_loss if curvature == "newton" else _of_residuals
+            found = multiply(differences, leaves)
+        return lambda vector: self.restrict(found(vector))
+
+
+def _of_loss(differences: Vector, leaves: Vector) -> Product:
+    """What multiplies by the second derivative of the loss."""
+    slopes = torch.autograd.grad(_square(differences), leaves, create_graph=True)
+    return functools.partial(_pull, slopes, leaves)
+
+
+def _of_residuals(differences: Vector, leaves: Vector) -> Product:
+    """What multiplies by ``2 J' J``; ``J v`` is the derivative by ``u`` of ``u' J v``."""
+    probes = tuple(torch.zeros_like(part, requires_grad=True) for part in differences)
+    pulled = torch.autograd.grad(differences, leaves, probes, create_graph=True)
+
+    def multiply(vector: Vector) -> Vector:
+        image = _pull(pulled, probes, vector)
+        return _pull(differences, leaves, tuple(2 * part for part in image))
+
+    return multiply
+
+
+def _pull(values: Vector, inputs: Vector, vector: Vector) -> Vector:
+    """Multiply by the transposed derivative of values by inputs; their graph stays."""
+    return torch.autograd.grad(
+        values, inputs, vector, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
+def _square(differences: Vector) -> Tensor:
+    return torch.stack([part.square().sum() for part in differences]).sum()
+
+
+def variables(program: Program, region: Region) -> tuple[str, ...]:
+    """Return the tensors that a look ahead changes: the weight, and what shifts the outputs."""
+    layer = region.layer
+    if layer.bias is not None:
+        return layer.weight, layer.bias
+    found = []
+    for call in layer.calls:
+        tail = affine_tail(call)
+        if len(tail) < 2 or packet_of(tail[1]) is not aten.batch_norm:
+            return (layer.weight,)
+        shift: Any = argument(tail[1], "bias")
+        if not isinstance(shift, fx.Node) or len(shift.users) > 1:
+            return (layer.weight,)
+        found.append(str(shift.target))
+    return layer.weight, *dict.fromkeys(found)

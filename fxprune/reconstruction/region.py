@@ -1,0 +1,197 @@
+"""The part of a program that a layer's reconstruction looks at, cut out of the graph.
+
+A region begins at a layer's calls and ends some operations later. What it needs from elsewhere, a
+shortcut for instance, it reads from the frontier of a walk that stands just before the layer, or
+computes from that. Its outputs are values that the dense program has as well.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.graph.calls import argument, packet_of
+from fxprune.graph.program import Program
+from fxprune.reconstruction.activations import Values, compute
+from fxprune.reconstruction.layers import Layer, channel_axis
+
+aten = torch.ops.aten
+IDENTITIES = frozenset({aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.clone})
+# Operators that compute nothing, and so are no operations to look ahead.
+MOVES = IDENTITIES | {
+    getattr(aten, name)
+    for name in (
+        "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "expand", "slice",
+        "select", "split", "split_with_sizes", "chunk", "unbind", "unsqueeze", "squeeze",
+        "contiguous", "to", "detach", "alias", "pad", "constant_pad_nd",
+    )
+}  # fmt: skip
+SMALL = 1e-6  # a norm's scale under which a channel says nothing about the layer before it
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Some operations from a layer on.
+
+    Attributes:
+        layer: where it begins.
+        nodes: what has to run, in graph order.
+        outputs: what is to stay as in the dense program, in graph order.
+
+    """
+
+    layer: Layer
+    nodes: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+    def run(self, program: Program, frontier: Values, given: Mapping[str, Tensor]) -> Values:
+        """Return the frontier and what the region makes of it, with other stored tensors."""
+        values = dict(frontier)
+        for node in self.nodes:
+            values[node] = compute(program, node, values, given)
+        return values
+
+
+def comparable(program: Program, dense: Program) -> frozenset[fx.Node]:
+    """Return the nodes that compute what the dense node of their name does, for the same readers.
+
+    Readers matter because a pass may leave a node its name and give it another meaning: where a
+    norm was folded away, the layer before it has the norm's readers.
+    """
+    named = {node.name: node for node in dense.graph.nodes}
+    return frozenset(
+        node
+        for node in program.graph.nodes
+        if (other := named.get(node.name)) is not None
+        and node.target == other.target
+        and {user.name for user in node.users} == {user.name for user in other.users}
+    )
+
+
+def affine_tail(call: fx.Node) -> tuple[fx.Node, ...]:
+    """Return a call and what follows it as long as that is affine in each of its channels.
+
+    Batch norms in evaluation mode and sums: where only they lie between a layer and a value, the
+    layer's best weights for that value are a least-squares problem.
+    """
+    chain = [call]
+    while len(chain[-1].users) == 1:
+        (user,) = chain[-1].users
+        if not _is_affine(call, chain[-1], user):
+            break
+        chain.append(user)
+    return tuple(chain)
+
+
+def _is_affine(call: fx.Node, source: fx.Node, user: fx.Node) -> bool:
+    kind, dims = packet_of(user), source.meta["val"].dim()
+    if kind in IDENTITIES:
+        return True
+    if kind is aten.batch_norm:
+        stored = all(isinstance(item, fx.Node) for item in user.args[3:5])
+        channels = channel_axis(call) % dims == 1
+        return user.args[0] is source and stored and not user.args[5] and channels
+    if kind is not aten.add or argument(user, "alpha") != 1:
+        return False
+    others = [item for item in user.args[:2] if item is not source]
+    same = user.meta["val"].shape == source.meta["val"].shape
+    return len(others) == 1 and isinstance(others[0], fx.Node) and same
+
+
+def slope(program: Program, chain: tuple[fx.Node, ...]) -> Tensor | None:
+    """Return by what each channel is multiplied along an affine tail; None for one everywhere.
+
+    A channel whose value hardly depends on the layer has the slope infinity, so that dividing by
+    it asks nothing of the layer.
+    """
+    found: Tensor | None = None
+    for node in chain[1:]:
+        if packet_of(node) is not aten.batch_norm:
+            continue
+        gamma, _, _, variance = (_stored(program, item) for item in node.args[1:5])
+        assert variance is not None
+        eps: Any = node.args[7]
+        scale = (variance + eps).rsqrt() * (1.0 if gamma is None else gamma)
+        found = scale if found is None else found * scale
+    if found is None:
+        return None
+    return torch.where(found.abs() < SMALL, torch.inf, found)
+
+
+def _stored(program: Program, item: Any) -> Tensor | None:
+    if not isinstance(item, fx.Node):
+        return None
+    return program.tensor(str(item.target)).detach().double()
+
+
+def along_channels(call: fx.Node, values: Tensor) -> Tensor:
+    """Shape one value per channel so that it multiplies a call's value."""
+    return values.view(-1, *[1] * (-channel_axis(call) - 1))
+
+
+def cut(layer: Layer, lookahead: int, usable: frozenset[fx.Node]) -> Region | None:
+    """Cut the region that goes some operations beyond a layer's last call.
+
+    Args:
+        layer: where it begins.
+        lookahead: how many operations it goes on, data movement aside; with none, to the end of
+            the affine tail of every call.
+        usable: values that can be compared with the dense program's.
+
+    Returns:
+        The region, or None if it has no value that can be compared.
+
+    """
+    if lookahead:
+        outputs = _following(layer, lookahead)
+    else:
+        tails = [[node for node in affine_tail(call) if node in usable] for call in layer.calls]
+        outputs = [tail[-1] for tail in tails if tail]
+        if len(outputs) < len(layer.calls):
+            return None
+    outputs = [node for node in dict.fromkeys(outputs) if node in usable]
+    return Region(layer, _needed(layer, outputs), tuple(outputs)) if outputs else None
+
+
+def _following(layer: Layer, lookahead: int) -> list[fx.Node]:
+    """The layer's calls, and the operations after them that depend on them."""
+    below, found, beyond = set(layer.calls), list(layer.calls), 0
+    calls = set(layer.calls[1:])  # those still to come
+    for node in _onwards(layer.node):
+        calls.discard(node)
+        if node.op != "call_function" or not below.intersection(node.all_input_nodes):
+            continue
+        below.add(node)
+        moves = packet_of(node) in MOVES or node.target is operator.getitem
+        if moves or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        found.append(node)
+        beyond += not calls
+        if beyond >= lookahead:
+            break
+    return [node for node in (layer.node, *_onwards(layer.node)) if node in found]
+
+
+def _onwards(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes after one, in graph order."""
+    following = node.next
+    while following.op != "root":
+        yield following
+        following = following.next
+
+
+def _needed(layer: Layer, outputs: list[fx.Node]) -> tuple[fx.Node, ...]:
+    """What has to run for the outputs, given all values before the layer."""
+    after = [layer.node, *_onwards(layer.node)]
+    open_nodes = set(outputs)
+    needed = []
+    for node in reversed(after):
+        if node in open_nodes and node.op == "call_function":
+            needed.append(node)
+            open_nodes.update(node.all_input_nodes)
+    return tuple(reversed(needed))

@@ -1,0 +1,1 @@
+"""What a run or an inspection tells, and how it looks."""

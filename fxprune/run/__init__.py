@@ -1,0 +1,1 @@
+"""The main job, from what is asked for to the files that come out."""

@@ -1,0 +1,158 @@
+"""What a run checks: that the data suit the model, and that the result is what it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxprune.data import Data, batches
+from fxprune.errors import PostconditionError
+from fxprune.facts import MASKS
+from fxprune.graph.program import Program
+from fxprune.inputs.sources import check_inputs, check_labels
+from fxprune.onnx.export import PARITY_LIMIT, ExportCheck
+from fxprune.report.content import Check
+from fxprune.structure.groups import Group
+from fxprune.structure.verify import sample_units, verify_removal
+from fxprune.training.evaluate import Evaluation, class_axis, logits_of
+
+EXACT = 1e-5  # relative, single precision
+SHARE = 0.25  # of the units of every group that zero-then-remove tries
+WEIGHT_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.INT8)
+ACCURACY_LIMIT = 0.001  # ties may fall differently in another runtime
+
+
+def check_data(data: Data, program: Program) -> None:
+    """Fail unless the samples have the model's input shapes and labels among its classes.
+
+    Raises:
+        InputError: they do not; the message tells both sides.
+
+    """
+    check_inputs(data, program.example_inputs)
+    output = next(node for node in program.graph.nodes if node.op == "output")
+    values = pytree.tree_map(lambda node: node.meta.get("val"), output.args[0])
+    if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(values)):
+        return
+    logits = logits_of(values)
+    target = next(batches(data.calibration, 1)).target
+    if not isinstance(target, Tensor) or target.is_floating_point() or logits.dim() < 2:
+        return
+    if logits.dim() == target.dim() + 1:
+        check_labels(data, max(int(logits.shape[class_axis(logits)]), 2))
+
+
+def check_removal(program: Program, groups: Sequence[Group], seed: int) -> Check:
+    """Run zero-then-remove on random units of every removable group, on copies.
+
+    Raises:
+        PostconditionError: removal is not exact; the message names the groups.
+
+    """
+    chosen = sample_units(groups, SHARE, seed)
+    exact = {group: units for group, units in chosen.items() if not group.mixed_by}
+    if not exact:
+        why = "every group's units are mixed by a norm" if chosen else "there is no group to remove"
+        return Check.skipped(why)
+    error = verify_removal(program, exact).error
+    assert error is not None
+    units = sum(map(len, exact.values()))
+    note = f"{units:,} random units of {len(exact)} groups"
+    if mixed := len(chosen) - len(exact):
+        note += f"; not claimed for {mixed} whose units a norm mixes"
+    check = Check.of(error, EXACT, note)
+    if not check.passed:
+        _blame(program, exact, error)
+    return check
+
+
+def _blame(program: Program, doomed: Mapping[Group, list[int]], error: float) -> None:
+    errors = {
+        group.name: verify_removal(program, {group: units}).error or 0.0
+        for group, units in doomed.items()
+    }
+    guilty = [name for name, own in errors.items() if own > EXACT]
+    names = (
+        ", ".join(guilty[:3])
+        or f"several groups together, such as {max(errors, key=errors.__getitem__)}"
+    )
+    raise PostconditionError(
+        f"removing units would change the output by {error:.1e} of its size, beyond {EXACT:g}, "
+        f"because of {names}; protect them with plan-channels{{protect=[...]}}, or go on with "
+        "--no-verify, and please report it with the model"
+    )
+
+
+def result_checks(
+    export: ExportCheck,
+    before: Evaluation,
+    after: Evaluation,
+    in_file: Evaluation,
+    max_drop: float | None,
+    parity_limit: float = PARITY_LIMIT,
+    accuracy_limit: float = ACCURACY_LIMIT,
+) -> dict[str, Check]:
+    """Judge the emitted file: against PyTorch, and by the accuracy it may lose."""
+    checks = {
+        "onnx_parity": Check.skipped("it was not asked for")
+        if export.parity is None
+        else Check.of(export.parity, parity_limit)
+    }
+    if after.accuracy is None or in_file.accuracy is None:
+        checks["onnx_accuracy"] = Check.skipped(after.note or "accuracy was not measured")
+    else:
+        limit = accuracy_limit + 1 / max(in_file.predictions, 1)
+        apart = abs(after.accuracy - in_file.accuracy)
+        checks["onnx_accuracy"] = Check.of(apart, limit, "ONNX Runtime against PyTorch")
+    if max_drop is not None:
+        checks["max_drop"] = _drop(before, in_file, max_drop)
+    return checks
+
+
+def _drop(before: Evaluation, after: Evaluation, limit: float) -> Check:
+    if before.accuracy is None or after.accuracy is None:
+        return Check(True, False, None, limit, "accuracy could not be measured")
+    return Check.of(100 * (before.accuracy - after.accuracy), limit, "points of accuracy lost")
+
+
+def check_masks(program: Program, path: Path) -> Check:
+    """Count the weights in an ONNX file that a mask says are zero and are not.
+
+    Weights are found by name, or by value where the exporter transposed and renamed them.
+    """
+    masks = program.get(MASKS)
+    stored = program.graph_module.state_dict()
+    arrays = {
+        item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
+        for item in onnx.load(path).graph.initializer
+        if item.data_type in WEIGHT_TYPES
+    }
+    wrong, missing = 0, []
+    for name, keep in masks.keep.items():
+        array = _in_file(name, stored.get(name), arrays)
+        if array is None or array.shape != keep.shape:
+            missing.append(name)
+        else:
+            wrong += int((array[~keep] != 0).sum())
+    found = len(masks.keep) - len(missing)
+    if not found:
+        return Check.skipped("no masked weight is in the file as one tensor")
+    note = f"{masks.pattern}: weights not zero in {found} masked tensors of the file"
+    if missing:
+        note += f"; not claimed for {', '.join(missing[:3])}, not in it as one tensor"
+    return Check.of(wrong, 0, note)
+
+
+def _in_file(name: str, tensor: Tensor | None, arrays: Mapping[str, Tensor]) -> Tensor | None:
+    """The initialiser that holds a tensor, the way round that the program has it."""
+    if name in arrays or tensor is None:
+        return arrays.get(name)
+    tensor = tensor.detach().cpu()
+    alike = [array for array in arrays.values() if array.dtype == tensor.dtype]
+    both = [*alike, *(array.T for array in alike if array.dim() == 2)]
+    return next((array for array in both if torch.equal(array, tensor)), None)

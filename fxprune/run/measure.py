@@ -1,0 +1,114 @@
+"""The figures of a run: accuracy over the evaluation data, files and latencies side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fxprune.data import Data
+from fxprune.graph.program import Program
+from fxprune.latency.turns import Latency, compare
+from fxprune.onnx.export import ExportCheck, export_onnx
+from fxprune.planning.cost import cost
+from fxprune.progress import Tracker
+from fxprune.report.content import Measures
+from fxprune.training.evaluate import Evaluation, evaluate, fixed_batch, run_onnx, run_program
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures accuracy on the whole evaluation data.
+
+    Attributes:
+        data: None, or without evaluation data, leaves accuracy unknown.
+        dense: whose predictions stand for labels where there are none.
+        batch_size: samples per step.
+        device: where PyTorch runs.
+        threads: of ONNX Runtime; None leaves the number to it.
+        progress: shows how far it is.
+
+    """
+
+    data: Data | None
+    dense: Program
+    batch_size: int = 128
+    device: str = "cpu"
+    threads: int | None = None
+    progress: Tracker = field(default_factory=Tracker)
+
+    def program(self, program: Program, text: str) -> Evaluation:
+        """Judge a program in PyTorch; it is left on the device, in evaluation mode."""
+        if self.data is None or self.data.eval is None:
+            return Evaluation(None, 0, "accuracy was not measured: there is no evaluation data")
+        return evaluate(
+            run_program(program.to(self.device)),
+            self.data.eval,
+            batch_size=self.batch_size,
+            reference=run_program(self.dense.to(self.device)),
+            fixed_batch=fixed_batch(program),
+            device=self.device,
+            progress=self.progress,
+            text=text,
+        )
+
+    def file(self, path: Path, text: str) -> Evaluation:
+        """Judge an ONNX file in ONNX Runtime."""
+        if self.data is None or self.data.eval is None:
+            return Evaluation(None)
+        return evaluate(
+            run_onnx(path, threads=self.threads),
+            self.data.eval,
+            batch_size=self.batch_size,
+            reference=run_program(self.dense.to("cpu")),
+            fixed_batch=fixed_batch(self.dense),
+            progress=self.progress,
+            text=text,
+        )
+
+
+@dataclass(frozen=True)
+class Emission:
+    """A program written as ONNX.
+
+    Attributes:
+        path: the file, beside others if its weights are too large for one.
+        export: what was written.
+        latency: in turns with the others in one process; the speed-up is over the first.
+
+    """
+
+    path: Path
+    export: ExportCheck
+    latency: Latency
+
+    @property
+    def speedup(self) -> tuple[float, float, float]:
+        """The tenth percentile, median and ninetieth percentile of the ratio of latencies."""
+        return self.latency.speedup_p10, self.latency.speedup, self.latency.speedup_p90
+
+
+def emit(
+    programs: Mapping[str, Program], folder: Path, threads: int = 1, seconds: float = 2.0
+) -> dict[str, Emission]:
+    """Export programs, each to ``model.onnx`` in a folder of its own, and time them in turns."""
+    paths = {name: folder / name / "model.onnx" for name in programs}
+    checks = {}
+    for name, program in programs.items():
+        paths[name].parent.mkdir(parents=True)
+        checks[name] = export_onnx(program, paths[name])
+    times = compare(paths, threads=threads, seconds=seconds)
+    return {name: Emission(path, checks[name], times[name]) for name, path in paths.items()}
+
+
+def measures(program: Program, emission: Emission, evaluation: Evaluation) -> Measures:
+    """Put one model's figures together."""
+    static = cost(program)
+    return Measures(
+        static.params,
+        static.macs,
+        static.weight_bytes,
+        emission.export.onnx_bytes,
+        emission.latency.median_ms,
+        evaluation.accuracy,
+    )

@@ -1,0 +1,213 @@
+"""What a run is asked to do, and the pipeline and targets that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+import torch
+from torch.nn import functional as F
+
+from fxprune import passes
+from fxprune.context import Loss
+from fxprune.errors import InputError
+from fxprune.passes import (
+    AnnotateSensitivity,
+    ConvertQuantized,
+    Finetune,
+    FoldBatchNorm,
+    InsertObservers,
+    PlanChannels,
+    RecalibrateNorms,
+    Reconstruct,
+    RemoveChannels,
+    TrainQuantized,
+)
+from fxprune.pipeline import Pass, Pipeline
+from fxprune.planning.budget import Budget, Target
+from fxprune.progress import Tracker
+from fxprune.structure.choices import Preference
+from fxprune.text.pipelines import parse
+
+DEFAULT_TARGETS = (Target.parse("macs=50%"),)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked to do.
+
+    Attributes:
+        targets: what the result may cost at most.
+        max_drop: how many points of accuracy may be lost; without targets, the smallest model
+            that keeps to it is searched for; None for no such check.
+        epochs: of fine-tuning in the default pipeline, over all its steps.
+        steps: in how many steps the default pipeline goes to the targets.
+        attention: which factor of attention widths the default pipeline removes.
+        int8: whether the default pipeline ends in 8-bit codes; None tries them and keeps them if
+            they turn out faster and as good.
+        pipeline: the passes; None for the default ones.
+        calibration: how many samples calibrate at most; None for all.
+        batch_size: of evaluation.
+        seed: the source of all randomness.
+        device: where passes run the model.
+        threads: of PyTorch and of ONNX Runtime; None leaves PyTorch's and measures latency on one.
+        verify: check zero-then-remove on random units before the passes run.
+        latency_seconds: how long the two models are timed against each other.
+        resume: go on after the last finished pass of a run that was killed.
+        loss: what training and sensitivities are about.
+        progress: how long work shows itself.
+        origin: what the recipe is to say besides, such as the model's file.
+
+    """
+
+    # What a recipe's [run] may say.
+    TOLD: ClassVar[tuple[str, ...]] = (
+        "max_drop", "calibration", "batch_size", "seed", "device", "threads", "verify",
+    )  # fmt: skip
+
+    targets: tuple[Target, ...] = ()
+    max_drop: float | None = None
+    epochs: int = 0
+    steps: int = 1
+    attention: Preference = "heads"
+    int8: bool | None = None
+    pipeline: Pipeline | None = None
+    calibration: int | None = None
+    batch_size: int = 128
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = None
+    verify: bool = True
+    latency_seconds: float = 2.0
+    resume: bool = False
+    loss: Loss = F.cross_entropy
+    progress: Tracker = field(default_factory=Tracker)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ones = ("steps", "batch_size", "calibration", "threads")
+        least = {"epochs": 0, "max_drop": 0, **dict.fromkeys(ones, 1)}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= low:
+                raise InputError(f"{name.replace('_', '-')} is {value}; it must be at least {low}")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"the device '{self.device}' cannot be used: {reason}") from error
+
+    def told(self) -> dict[str, Any]:
+        """Return what a recipe's ``[run]`` says: everything that is not a default."""
+        defaults = {option.name: option.default for option in fields(self)}
+        changed = {
+            name: value for name in self.TOLD if (value := getattr(self, name)) != defaults[name]
+        }
+        return {**self.origin, **changed}
+
+
+def make_options(
+    target: str | Iterable[str] | None = None,
+    pipeline: str | Pipeline | None = None,
+    **options: Any,
+) -> Options:
+    """Make options of what users write: targets and pipelines as text.
+
+    Raises:
+        InputError: an option does not exist or cannot be read.
+
+    """
+    known = {option.name for option in fields(Options)}
+    if unknown := sorted(set(options) - known):
+        raise InputError(
+            f"compile has no option '{unknown[0]}'; it has {', '.join(sorted(known - {'targets'}))}"
+        )
+    if isinstance(pipeline, str):
+        pipeline = parse(pipeline, passes.known())
+    return Options(targets=parse_targets(target), pipeline=pipeline, **options)
+
+
+def parse_targets(target: str | Iterable[str] | None) -> tuple[Target, ...]:
+    """Read targets from text, several joined by commas or in a list."""
+    texts = [target] if isinstance(target, str) else list(target or ())
+    return Budget(tuple(Target.parse(part) for text in texts for part in text.split(","))).targets
+
+
+def resolve(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
+    """Return the passes to run, and the targets that the result is held to.
+
+    Targets go into the last ``plan-channels`` of a given pipeline. Without targets those of that
+    pass count. There are none if they are to be searched for.
+
+    Raises:
+        InputError: the options contradict each other.
+
+    """
+    if options.pipeline is None:
+        targets = options.targets
+        if options.max_drop is None:
+            targets = targets or DEFAULT_TARGETS
+        codes = options.int8 is not False
+        pipeline = default_pipeline(
+            targets, options.epochs, options.steps, int8=codes, attention=options.attention
+        )
+        return pipeline, targets
+    if options.epochs or options.steps > 1 or options.int8 or options.attention != "heads":
+        raise InputError(
+            "epochs, steps, attention and int8 are for the default pipeline; in one of your own "
+            "write finetune{epochs=...}, plan-channels{path=...} for the early steps, "
+            "annotate-sensitivity{attention=...}, and "
+            "insert-observers,train-quantized,convert-quantized after fold-batchnorm"
+        )
+    steps = list(options.pipeline)
+    planners = [n for n, step in enumerate(steps) if isinstance(step, PlanChannels)]
+    if not planners:
+        return options.pipeline, options.targets
+    planner = steps[planners[-1]]
+    assert isinstance(planner, PlanChannels)
+    if not options.targets:
+        return options.pipeline, planner.targets
+    cleared: dict[str, Any] = {target.name: None for target in planner.targets}
+    steps[planners[-1]] = replace(planner, **cleared | limits(options.targets))
+    return Pipeline(steps), options.targets
+
+
+def attention_of(pipeline: Pipeline) -> Preference:
+    """Return which factor of attention widths a pipeline removes."""
+    steps = (step.attention for step in pipeline if isinstance(step, AnnotateSensitivity))
+    return next(steps, "heads")
+
+
+def limits(targets: tuple[Target, ...]) -> dict[str, Any]:
+    """Return targets as options of ``plan-channels``."""
+    return {target.name: str(target).partition("=")[2] for target in targets}
+
+
+def default_pipeline(
+    targets: tuple[Target, ...], epochs: int, steps: int = 1, *, int8: bool = False,
+    attention: Preference = "heads",
+) -> Pipeline:  # fmt: skip
+    """Return the passes of a run that names none.
+
+    Several steps each go an equal part of the way, as a ratio of costs; the early ones need not
+    land exactly. Every cut is made good by reconstruction, which needs no labels. Epochs are shared
+    out among the steps, what does not divide to the last.
+    """
+    found: list[Pass] = []
+    for step in range(1, steps + 1):
+        last = step == steps
+        plan = PlanChannels(**limits(targets))
+        if not last:
+            plan = replace(plan, path=round(step / steps, 6), tolerance=0.1, corrections=0)
+        share = epochs // steps + (epochs % steps if last else 0)
+        found += [
+            AnnotateSensitivity(attention=attention),
+            plan,
+            RemoveChannels(),
+            RecalibrateNorms(),
+            Reconstruct(),
+            *[Finetune(epochs=share)] * (share > 0),
+        ]
+    codes = (InsertObservers(), TrainQuantized(), ConvertQuantized()) if int8 else ()
+    return Pipeline((*found, FoldBatchNorm(), *codes))

@@ -1,0 +1,88 @@
+"""A run between its beginnings and its files: passes, checks, figures, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fxprune.facts import MASKS
+from fxprune.graph.program import Program
+from fxprune.onnx.export import parity_limit
+from fxprune.quantization.checks import DISAGREEMENT
+from fxprune.quantization.onnx_nodes import is_quantized
+from fxprune.report.content import Check, GroupEntry, Measures, RunReport, TargetEntry, environment
+from fxprune.run.checkpoint import Checkpoint, Journal
+from fxprune.run.checks import ACCURACY_LIMIT, check_masks, check_removal, result_checks
+from fxprune.run.forms import settle
+from fxprune.run.job import Job
+from fxprune.run.measure import measures
+from fxprune.structure.groups import Group
+from fxprune.training.evaluate import Evaluation
+
+
+def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunReport]:
+    """Check, measure, run the passes, write ``model.onnx`` into a folder, measure again."""
+    options, dense, judge = job.options, job.dense, job.judge
+    checks = {"zero_then_remove": Check.skipped("--no-verify was given")}
+    if options.verify:
+        options.progress.say("checking that removal is exact (zero-then-remove)")
+        checks["zero_then_remove"] = check_removal(dense, job.groups, options.seed)
+    before = judge.program(dense, "evaluating the dense model")
+    end = settle(job, kept, before, aside)
+    small, journal, quantized = end.program, end.journal, is_quantized(end.program)
+    after = judge.program(small, "evaluating the small model")
+    small.to("cpu").eval()
+    checks |= result_checks(
+        end.emission.export, before, after, end.judged, options.max_drop, parity_limit(small),
+        DISAGREEMENT if quantized else ACCURACY_LIMIT,
+    )  # fmt: skip
+    if MASKS.name in small.facts:
+        checks["masks"] = check_masks(small, aside / "model.onnx")
+    checks |= end.checks
+    first = measures(dense, end.dense, before)
+    last = measures(small, end.emission, end.judged)
+    return small, RunReport(
+        first,
+        last,
+        _targets(job, journal, first, last),
+        tuple(journal.entries),
+        checks,
+        tuple(_group(group, journal) for group in job.groups),
+        environment(options.device, options.seed, options.threads or 1),
+        _notes(job, journal, before),
+        journal.curves,
+        end.emission.speedup,
+        trials=job.trials,
+        precision=end.precision,
+    )
+
+
+def _targets(
+    job: Job, journal: Journal, before: Measures, after: Measures
+) -> tuple[TargetEntry, ...]:
+    """Hold the result against the targets, beside what the last plan predicted."""
+    details = [entry.outcome.details or {} for entry in journal.entries]
+    plans = [one["predicted"] for one in details if "predicted" in one]
+    predicted = plans[-1] if plans else {}
+    return tuple(
+        TargetEntry.of(target, before, after, predicted.get(target.quantity))
+        for target in job.targets
+    )
+
+
+def _group(group: Group, journal: Journal) -> GroupEntry:
+    return GroupEntry(
+        group.name,
+        tuple(map(str, group.slots)),
+        len(group.units),
+        journal.removed.get(group.name, 0),
+        journal.implanted.get(group.name, 0),
+        group.frozen_because,
+    )
+
+
+def _notes(job: Job, journal: Journal, before: Evaluation) -> tuple[str, ...]:
+    notes = list(job.data.notes) if job.data else []
+    notes += [before.note] if before.note else []
+    for entry in journal.entries:
+        notes += (entry.outcome.details or {}).get("notes", [])
+    return tuple(notes)

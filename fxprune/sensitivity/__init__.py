@@ -1,0 +1,1 @@
+"""How much the loss rises if a unit goes."""

@@ -1,0 +1,120 @@
+"""What a measurement of sensitivity is told, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxprune.context import Context
+from fxprune.data import Batch, batches
+from fxprune.errors import InputError
+from fxprune.graph.program import Program
+from fxprune.planning.cost import activation_bytes
+from fxprune.sensitivity.model import LabelSource, Objective, Precision
+from fxprune.sensitivity.tally import StoppingRule
+from fxprune.sensitivity.units import UnitLayout
+
+Criterion = Literal[
+    "hessian-trace", "gauss-newton-trace", "gauss-newton", "output-shift", "fisher", "taylor",
+    "magnitude-l1", "magnitude-l2", "bn-scale", "activation", "random",
+]  # fmt: skip
+Estimator = Literal["auto", "weights", "outputs", "exact"]
+Negative = Literal["abs", "clamp"]
+Details = dict[str, float | int | str]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure sensitivity.
+
+    Attributes:
+        criterion: which estimate of the rise of the loss.
+        samples: how many calibration samples, drawn at random.
+        batch_size: of the streamed batches; each batch has probes of its own.
+        precision: of the model's arithmetic.
+        labels: where the loss gets its labels.
+        estimator: what trace probes perturb, or ``exact`` for none; ``auto`` takes the best that
+            applies.
+        negative: what becomes of negative traces: their size counts, or they become zero.
+        rule: when to stop probing.
+        output_probes: random vectors per batch for ``gauss-newton`` and ``output-shift``; exact if
+            there are no more outputs than this. 0 chooses by the number of outputs.
+        memory_gib: how much the activations of a batch may take; batches shrink to fit.
+
+    """
+
+    criterion: Criterion = "hessian-trace"
+    samples: int = 256
+    batch_size: int = 64
+    precision: Precision = "fp32"
+    labels: LabelSource = "data"
+    estimator: Estimator = "auto"
+    negative: Negative = "abs"
+    rule: StoppingRule = field(default_factory=StoppingRule)
+    output_probes: int = 0
+    memory_gib: float = 2.0
+
+    def __post_init__(self) -> None:
+        choices: tuple[tuple[str, Any, object], ...] = (
+            ("criterion", Criterion, self.criterion),
+            ("precision", Precision, self.precision),
+            ("labels", LabelSource, self.labels),
+            ("estimator", Estimator, self.estimator),
+            ("negative", Negative, self.negative),
+        )
+        for name, kind, value in choices:
+            if value not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise InputError(f"{name} is '{value}'; it may be {known}")
+        if min(self.samples, self.batch_size, self.rule.cap) < 1:
+            raise InputError("samples, batch-size and probes must be at least 1")
+        if self.output_probes < 0:
+            raise InputError("output-probes must be at least 1, or 0 to choose by the outputs")
+        if self.memory_gib <= 0:
+            raise InputError(f"memory-gib is {self.memory_gib:g}; it must be above 0")
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Scores of all units in the order of the layout, with what is known about them."""
+
+    scores: Tensor
+    errors: Tensor | None = None
+    details: Mapping[str, float | int | str] | None = None
+    skipped: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What is to be measured: a copy of the program, on its device, and how."""
+
+    program: Program
+    layout: UnitLayout
+    settings: Settings
+    context: Context
+
+    def batches(self, at_most: int | None = None) -> Iterator[Batch]:
+        """Yield the calibration batches, of ``at_most`` so many samples, the same every time."""
+        fixed = not self.program.dynamic
+        room = self.settings.memory_gib * 2**30 / activation_bytes(self.program)
+        size = min(self.settings.batch_size, max(1, int(room)), at_most or self.settings.batch_size)
+        if fixed:
+            leaf = pytree.tree_leaves(self.program.example_inputs)[0]
+            size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else 1
+        for batch in batches(
+            self.context.samples.calibration,
+            size,
+            seed=self.context.seed,
+            limit=self.settings.samples,
+            device=self.context.device,
+        ):
+            if not fixed or len(batch) == size:
+                yield batch
+
+    def objective(self) -> Objective:
+        """Return the loss with its labels."""
+        return Objective(self.context.loss, self.settings.labels)

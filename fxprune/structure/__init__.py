@@ -1,0 +1,1 @@
+"""What may be removed, found by running the graph on identities; and its removal."""

@@ -1,0 +1,140 @@
+"""Exactness: removing units must equal never having read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxprune.graph.program import Program
+from fxprune.structure.flow import Read
+from fxprune.structure.groups import Group
+from fxprune.structure.removal import Kept, identify, remaining, remove_units
+
+
+@dataclass(frozen=True)
+class RemovalCheck:
+    """What zero-then-remove found.
+
+    Attributes:
+        error: the largest difference between the outputs, relative to the largest output; None
+            where the check does not apply.
+        reason: why it does not apply.
+
+    """
+
+    error: float | None
+    reason: str | None = None
+
+
+def verify_removal(
+    program: Program, doomed: Mapping[Group, Sequence[int]], inputs: tuple[Any, ...] | None = None
+) -> RemovalCheck:
+    """Compare removal with zeroing everything that reads the doomed units (zero-then-remove).
+
+    Works on copies. Where a normalisation mixes doomed units with others, removal changes its
+    statistics and the two must differ; then there is no error, but a reason.
+
+    Args:
+        program: the program that the groups were found in.
+        doomed: for each group, the numbers of units.
+        inputs: what to run on; by default the example inputs.
+
+    """
+    mixing = sorted(
+        {name for group, units in doomed.items() if len(units) for name in group.mixed_by}
+    )
+    if mixing:
+        shown = ", ".join(mixing[:3]) + (", ..." if len(mixing) > 3 else "")
+        return RemovalCheck(None, f"removed units are mixed with others by {shown}")
+    inputs = program.example_inputs if inputs is None else inputs
+    with torch.no_grad():
+        expected = pytree.tree_leaves(_unread(program, doomed, inputs))
+        smaller = program.copy()
+        remove_units(smaller, doomed)
+        found = pytree.tree_leaves(smaller(*inputs))
+    return RemovalCheck(max(map(relative_error, expected, found), default=0.0))
+
+
+def relative_error(expected: Any, found: Any) -> float:
+    """Return the largest absolute difference over the largest absolute expected value."""
+    if not isinstance(expected, Tensor) or not expected.numel():
+        return 0.0
+    difference = (expected.double() - found.double()).abs().max().item()
+    scale = expected.double().abs().max().item()
+    return float(difference / scale) if scale else float(difference)
+
+
+def _unread(
+    program: Program, doomed: Mapping[Group, Sequence[int]], inputs: tuple[Any, ...]
+) -> Any:
+    """Run the program with every read of the doomed units seeing zeros."""
+    analysis, dead = identify(program, doomed)
+    masks: dict[fx.Node, list[tuple[Read, Kept]]] = {}
+    for node, reads in analysis.flow.reads.items():
+        found = []
+        for read in reads:
+            source = _pick(node.args, read)
+            kept = remaining(analysis, analysis.flow.values.get(source), dead)[0]
+            if read.dim in kept:
+                found.append((read, kept))
+        if found:
+            masks[node] = found
+    return _Unread(program.graph_module, masks).run(*pytree.tree_leaves(inputs))
+
+
+def _pick(args: Any, read: Read) -> Any:
+    for step in read.argument:
+        args = args[step]
+    return args
+
+
+class _Unread(fx.Interpreter):
+    """Runs a program while given reads see zeros in place of given indices."""
+
+    def __init__(
+        self, module: fx.GraphModule, masks: Mapping[fx.Node, list[tuple[Read, Kept]]]
+    ) -> None:
+        super().__init__(module)
+        self._masks = masks
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return super().run(*args, enable_io_processing=False, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self._masks:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        for read, kept in self._masks[n]:
+            args = _zeroed(args, read.argument, read.dim, kept[read.dim])
+        return self.call_function(n.target, args, kwargs)
+
+
+def _zeroed(args: Any, path: tuple[Any, ...], dim: int, keep: Tensor) -> Any:
+    if not path:
+        view = [1] * args.dim()
+        view[dim] = -1
+        return args * keep.to(args.device, args.dtype).view(view)
+    changed = list(args)
+    changed[path[0]] = _zeroed(changed[path[0]], path[1:], dim, keep)
+    return tuple(changed) if isinstance(args, tuple) else changed
+
+
+def sample_units(groups: Sequence[Group], share: float, seed: int = 0) -> dict[Group, list[int]]:
+    """Choose random units of every removable group, at least one, never all.
+
+    Groups with a single unit are left out, since something must stay.
+    """
+    random = np.random.default_rng(seed)
+    chosen = {}
+    for group in groups:
+        total = len(group.units)
+        if group.frozen_because is None and total > 1:
+            count = min(max(round(share * total), 1), total - 1)
+            chosen[group] = sorted(random.choice(total, count, replace=False).tolist())
+    return chosen

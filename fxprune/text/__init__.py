@@ -1,0 +1,1 @@
+"""What users write, as values: pipelines, options, names of data and models."""

@@ -1,0 +1,163 @@
+"""Accuracy of a program, or of an ONNX file in ONNX Runtime, over a whole data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxprune.data import batches
+from fxprune.errors import InputError
+from fxprune.graph.program import Program
+from fxprune.inputs.datasets import Samples
+from fxprune.progress import Tracker
+
+Run = Callable[[tuple[Any, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How often the predictions are right.
+
+    Attributes:
+        accuracy: the share of right predictions, from 0 to 1; None if the task has no classes.
+        predictions: how many were judged: samples, or pixels or tokens where each has a class.
+        note: what the accuracy is measured against, if not labels, or why there is none.
+
+    """
+
+    accuracy: float | None
+    predictions: int = 0
+    note: str | None = None
+
+
+def evaluate(
+    run: Run,
+    samples: Samples,
+    *,
+    batch_size: int = 128,
+    reference: Run | None = None,
+    fixed_batch: int | None = None,
+    device: str = "cpu",
+    progress: Tracker | None = None,
+    text: str = "evaluating",
+) -> Evaluation:
+    """Measure top-1 accuracy.
+
+    Args:
+        run: gives the logits for a batch's inputs; see ``run_program`` and ``run_onnx``.
+        samples: what to measure on, all of it.
+        batch_size: samples per step.
+        reference: where samples have no labels, its predictions stand for them.
+        fixed_batch: the only batch size that ``run`` takes; the last batch is filled up.
+        device: where the batches go.
+        progress: shows how far it is.
+        text: what the progress line says.
+
+    """
+    size = fixed_batch or batch_size
+    steps = batches(samples, size, device=device)
+    right, judged, agreement = 0, 0, False
+    tracker = progress or Tracker()
+    for batch in tracker.track(steps, text, total=-(-len(samples) // size)):
+        inputs, count = _filled(batch.inputs, len(batch), fixed_batch)
+        with torch.no_grad():
+            logits = run(inputs)[:count]
+            target = batch.target
+            if target is None and reference is not None:
+                agreement, expected = True, reference(inputs)[:count]
+                target = expected.argmax(class_axis(expected))
+        if target is None:
+            return Evaluation(None, 0, "the samples have no labels")
+        predicted = predict(logits, target)
+        if predicted is None:
+            return Evaluation(None, 0, "the targets are not classes, so there is no accuracy")
+        counted = target >= 0  # -100 marks tokens and pixels to leave out
+        right += int(((predicted == target) & counted).sum())
+        judged += int(counted.sum())
+    note = "no labels: accuracy is agreement with the dense model" if agreement else None
+    return Evaluation(right / judged if judged else None, judged, note)
+
+
+def _filled(inputs: tuple[Any, ...], count: int, wanted: int | None) -> tuple[tuple[Any, ...], int]:
+    """Repeat the last sample until a batch has the size that the program is fixed to."""
+    if wanted is None or count == wanted:
+        return inputs, count
+    index = torch.arange(wanted).clamp(max=count - 1)
+    filled = pytree.tree_map_only(
+        Tensor, lambda tensor: tensor[index.to(tensor.device)] if tensor.dim() else tensor, inputs
+    )
+    return filled, count
+
+
+def class_axis(logits: Tensor, target: Tensor | None = None) -> int:
+    """Return the axis of the classes: 1, but the last one for token logits ``(N, T, classes)``."""
+    if target is not None and logits.dim() == target.dim() + 1:
+        without = [*logits.shape[:1], *logits.shape[2:]]
+        return 1 if without == list(target.shape) else -1
+    return -1 if logits.dim() == 3 else 1
+
+
+def predict(logits: Tensor, target: Tensor) -> Tensor | None:
+    """Return the predicted classes, shaped like the target; None if these are not classes."""
+    if target.is_floating_point() or target.is_complex():
+        return None
+    if logits.dim() == target.dim() + 1 and logits.shape[class_axis(logits, target)] > 1:
+        predicted = logits.argmax(class_axis(logits, target))
+    elif logits.numel() == target.numel():  # one logit per sample: two classes
+        predicted = (logits.reshape(target.shape) > 0).long()
+    else:
+        return None
+    return predicted if predicted.shape == target.shape else None
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """Pick the logits: the output itself, its entry ``logits``, or its first tensor."""
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
+        logits: Tensor = outputs["logits"]
+        return logits
+    tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise InputError("the model's output has no tensor to evaluate")
+    return tensors[0]
+
+
+def run_program(program: Program) -> Run:
+    """Run a program in evaluation mode."""
+    program.eval()
+    return lambda inputs: logits_of(program(*inputs))
+
+
+def fixed_batch(program: Program) -> int | None:
+    """Return the batch size that the program is fixed to; None if it takes any."""
+    leaves = pytree.tree_leaves(program.example_inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors or (program.dynamic and 0 in program.dynamic[0]):
+        return None
+    return int(tensors[0].shape[0])
+
+
+def run_onnx(path: Path, *, threads: int | None = None) -> Run:
+    """Run an ONNX file in ONNX Runtime on the CPU; ``threads=None`` leaves the number to it."""
+    import onnxruntime as ort  # slow to import, and only this needs it
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [slot.name for slot in session.get_inputs()]
+    outputs = [slot.name for slot in session.get_outputs()]
+    wanted = ["logits" if "logits" in outputs else outputs[0]]
+
+    def run(inputs: tuple[Any, ...]) -> Tensor:
+        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        arrays = (leaf.detach().cpu().numpy() for leaf in leaves)
+        feed = dict(zip(names, arrays, strict=True))
+        return torch.from_numpy(session.run(wanted, feed)[0])
+
+    return run
