@@ -76,6 +76,28 @@ def test_in_place_calls_become_functional(case: str) -> None:
     assert not [name for name in names if name.partition(".default")[0].endswith("_")], names
 
 
+class Prefixed(nn.Module):
+    """No prefix tokens: a part of a concatenation that has no elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.wide(x)
+        result: Tensor = self.out(torch.cat([y[:, :0], y[:, 0:].relu()], 1))
+        return result
+
+
+def test_parts_without_elements_vanish() -> None:
+    model, x = Prefixed(), torch.randn(3, 5, 4)
+    program = fxprune.trace(model, (x,))
+    assert_same(program(x), model(x))
+    assert aten.cat.default not in {node.target for node in program.graph.nodes}
+    (group,) = [g for g in fxprune.find_groups(program) if g.frozen_because is None]
+    assert len(group.units) == 6
+
+
 def test_functional_forms() -> None:
     assert functional_form(aten.relu_.default) is aten.relu.default
     assert functional_form(aten.add_.Tensor) is aten.add.Tensor

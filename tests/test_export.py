@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 import torch
+from google.protobuf.message import EncodeError
 from hypothesis import given, settings
 from strategies import Design, Network, designs
 from support import trace
@@ -104,3 +106,20 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         compare({"a": tmp_path / "a.onnx"})
     with pytest.raises(InputError, match="there is no file"):
         compare({"b": tmp_path / "b.onnx"})
+
+
+def test_what_one_file_cannot_hold_is_written_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.onnx.ONNXProgram.save
+
+    def limited(self: Any, path: str, *, external_data: bool | None = None) -> None:
+        if not external_data:
+            raise EncodeError("Failed to serialize proto")
+        save(self, path, external_data=external_data)
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", limited)
+    check = fxprune.export_onnx(trace(nn.Linear(64, 64), torch.randn(2, 64)), tmp_path / "m.onnx")
+    assert check.parity is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert check.onnx_bytes >= 4 * 64 * 64

@@ -30,6 +30,7 @@ def canonicalise(program: Program) -> None:
     fold_parametrisations(program)
     program.refresh()
     _spell_copies(program)
+    _drop_empty_parts(program)
     _spell_splits_by_sizes(program.graph)
 
 
@@ -103,6 +104,19 @@ def _spell_shuffle(program: Program, node: fx.Node) -> None:
 
 
 COPIES = (aten.lift_fresh_copy.default, aten.detach_.default, aten.detach.default)
+
+
+def _drop_empty_parts(program: Program) -> None:
+    """What has no elements adds nothing to a concatenation, such as prefix tokens of no number."""
+    for node in list(program.graph.nodes):
+        if node.target is not aten.cat.default:
+            continue
+        parts = [part for part in node.args[0] if part.meta["val"].numel()]
+        if len(parts) == 1 and parts[0].meta["val"].dtype == node.meta["val"].dtype:
+            replace_node(program, node, parts[0])
+        elif parts:
+            node.update_arg(0, parts)
+    program.graph.eliminate_dead_code()
 
 
 def _spell_copies(program: Program) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from google.protobuf.message import EncodeError
 from torch import Tensor
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -121,7 +122,10 @@ def _write(program: Program, path: Path) -> None:
     )
     assert onnx_program is not None
     trim(onnx_program.model)
-    onnx_program.save(str(path), external_data=weights > ONE_FILE_LIMIT)
+    try:
+        onnx_program.save(str(path), external_data=weights > ONE_FILE_LIMIT)
+    except EncodeError:  # with folded constants even a smaller model may be too large
+        onnx_program.save(str(path), external_data=True)
 
 
 def _doubled(program: Program) -> tuple[tuple[Any, ...], Any]:
