@@ -1,7 +1,7 @@
 """Compare narrower heads in a basis of their own with positions removed as they are.
 
-    python tools/attention_study.py --folder DATA --out DIR      # resumable, piece by piece
-    python tools/attention_study.py --out DIR --table            # what has been measured
+    python -m tools.attention_study --folder DATA --out DIR   # resumable, piece by piece
+    python -m tools.attention_study --out DIR --table         # what has been measured
 
 For a small vision transformer and shares of the heads' width: the accuracy after
 ``implant-attention`` and after removal of as many positions of every head, those with the smallest

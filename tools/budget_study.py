@@ -1,6 +1,6 @@
 """Try budgets on several networks: every cut lands, or the refusal says what stops it.
 
-    python tools/budget_study.py [--only resnet56,vit] [--folder DATA]
+    python -m tools.budget_study [--only resnet56,vit] [--folder DATA]
 
 Twenty budgets over six networks, some of which cannot be met. Every plan is carried out on the
 graph and the costs are counted anew on the result. Scores are magnitudes; with ``--folder``, a

@@ -1,7 +1,7 @@
 """Compare implants with removal alone, at equal multiply-accumulates, without training.
 
-    python tools/implant_study.py resnet20 --folder DATA --out DIR     # resumable, piece by piece
-    python tools/implant_study.py --out DIR --table                    # what has been measured
+    python -m tools.implant_study resnet20 --folder DATA --out DIR  # resumable, piece by piece
+    python -m tools.implant_study --out DIR --table                 # what has been measured
 
 Per network, share of multiply-accumulates that remains, and draw of the calibration data: the
 accuracy as cut, after recalibrating batch norms, and after reconstruction, which a run does by

@@ -4,13 +4,16 @@
 
 For cuts that leave given shares of the multiply-accumulates, the latency that the table predicts
 stands beside that of the network after export, in turns with the dense one. Then budgets on latency
-are planned for, and what each plan leaves is exported and measured once more. Weights are random;
-latency does not depend on them. ``--fresh`` measures the table anew, in a folder of its own.
+are planned for, and what each plan leaves is exported and measured once more; predictions are
+scaled to the dense latency of the study, which a plan measures anew. Weights are random; latency
+does not depend on them. ``--fresh`` measures the table anew, in a cache folder of its own (where
+the system looks for one in ``XDG_CACHE_HOME``).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -67,20 +70,21 @@ def budgets(program: Program, bench: Bench) -> Iterator[list[str]]:
         share = float(options["latency"].rstrip("%")) / 100
         measured = bench.measure(small)
         used = f"{measured / (share * bench.dense_ms):.1%}"
-        yield [asked, *_compared(told["predicted_ms"], measured), used, str(told["plans"]), seconds]
+        predicted = told["predicted_ms"] * bench.dense_ms / told["dense_ms"]
+        yield [asked, *_compared(predicted, measured), used, str(told["plans"]), seconds]
 
 
 def _compared(predicted: float, measured: float) -> list[str]:
     return [f"{predicted:.3f}", f"{measured:.3f}", f"{predicted / measured - 1:+.1%}"]
 
 
-def study(name: str, threads: int, folder: Path, fresh: bool) -> Iterator[list[str]]:
+def study(name: str, threads: int, folder: Path) -> Iterator[list[str]]:
     """Yield the rows of one network."""
     network = NETWORKS[name]
     torch.manual_seed(0)
     program = fxprune.trace(network.make().eval(), (torch.randn(2, *network.shape),))
     AnnotateSensitivity(criterion="magnitude-l2")(program, Context())
-    table = Table.open(threads, folder / "table.json" if fresh else None)
+    table = Table.open(threads)
     start = time.perf_counter()
     bench = open_bench(program.copy(), folder, table)
     seconds = f"{time.perf_counter() - start:.0f}"
@@ -99,10 +103,13 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="measure the table anew")
     options = parser.parse_args()
     print(f"| {' | '.join(HEADS)} |{chr(10)}{'|---' * len(HEADS)}|")
-    for name in options.only.split(","):
-        with tempfile.TemporaryDirectory() as folder:
-            for row in study(name, options.threads, Path(folder), options.fresh):
-                print(f"| {name} | {' | '.join(row)} |", flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        if options.fresh:
+            os.environ["XDG_CACHE_HOME"] = cache
+        for name in options.only.split(","):
+            with tempfile.TemporaryDirectory() as folder:
+                for row in study(name, options.threads, Path(folder)):
+                    print(f"| {name} | {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

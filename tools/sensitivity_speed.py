@@ -1,6 +1,6 @@
 """Measure how fast sensitivities are, against a plain loop, in one interleaved run.
 
-    python tools/sensitivity_speed.py --weights resnet32.pt --arch pkg:factory --data train.npz
+    python -m tools.sensitivity_speed --weights resnet32.pt --arch pkg:factory --data train.npz
 
 The plain loop is how the method is usually written: for every probe the gradient's graph is built
 anew, multiplied with random signs by a second backward pass, and every channel's share is added up

@@ -3,7 +3,7 @@
 A layer's outputs mostly vary in fewer directions than there are outputs, so that a layer of low
 rank explains more of them per cost than any layer with the same outputs missing. What a rank costs
 in sensitivity is, over the units that the layer computes, their scores times the share of their
-variance that the rank leaves unexplained, a sum of discarded eigenvalues (``implant_fits``).
+variance that the rank leaves unexplained, a sum of discarded eigenvalues (``fits``).
 A cut then has one number per group, the units that go, and one per layer, its choice of a rank.
 """
 

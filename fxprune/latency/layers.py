@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.calls import argument, packet_of, paddings, spread
+from fxprune.graph.calls import CONVOLUTIONS, argument, packet_of, paddings, spread
 from fxprune.graph.program import Program, shape_of
-from fxprune.planning.macs import MACS, Place
+from fxprune.planning.macs import PRODUCTS, Place
 
 aten = torch.ops.aten
 Kind = Literal["conv", "conv-transpose", "linear", "matmul"]
@@ -145,13 +145,8 @@ def _attention(node: fx.Node, batch: int) -> Iterator[Layer]:
 
 
 _RULES: dict[Any, Callable[[fx.Node, int], Iterator[Layer]]] = {
-    packet: _convolution for packet in MACS if "conv" in str(packet)
-} | {
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **{packet: _product(first) for packet, first in PRODUCTS.items()},
     aten.linear: _linear,
-    aten.matmul: _product(0),
-    aten.mm: _product(0),
-    aten.bmm: _product(0),
-    aten.addmm: _product(1),
-    aten.baddbmm: _product(1),
     aten.scaled_dot_product_attention: _attention,
 }

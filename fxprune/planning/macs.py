@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.graph.calls import argument
+from fxprune.graph.calls import CONVOLUTIONS, argument
 from fxprune.graph.program import shape_of
 
 aten = torch.ops.aten
@@ -70,22 +70,16 @@ def _recurrent(node: fx.Node) -> list[tuple[Place, ...]]:
     return [((operand, 0), (operand, 1), *every_dimension(matrix)) for matrix in matrices]  # type: ignore[arg-type]
 
 
+# Matrix products, and which argument the left matrix is.
+PRODUCTS = {aten.matmul: 0, aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}
 MACS: dict[Any, Callable[[fx.Node], list[tuple[Place, ...]]]] = {
-    **{
-        getattr(aten, name): _convolution
-        for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
-                     "conv_transpose3d")
-    },
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **{packet: _product(first) for packet, first in PRODUCTS.items()},
     aten.linear: _linear,
-    aten.matmul: _product(0),
-    aten.mm: _product(0),
-    aten.bmm: _product(0),
-    aten.addmm: _product(1),
-    aten.baddbmm: _product(1),
     aten.einsum: _einsum,
     aten.scaled_dot_product_attention: _attention,
     aten.lstm: _recurrent,
     aten.gru: _recurrent,
     aten.rnn_tanh: _recurrent,
     aten.rnn_relu: _recurrent,
-}  # fmt: skip
+}

@@ -15,16 +15,13 @@ import torch
 from onnxscript import opset20 as op
 from torch import Tensor, fx
 
-from fxprune.graph.calls import packet_of
+from fxprune.graph.calls import CONVOLUTIONS, packet_of
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import insert_call
 from fxprune.quantization.ops import DEQUANTIZE, QUANTIZE
 
 aten = torch.ops.aten
-WEIGHTED = (
-    aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d, aten.conv_transpose2d,
-    aten.conv_transpose3d, aten.linear,
-)  # fmt: skip
+WEIGHTED = (*CONVOLUTIONS, aten.linear)
 
 # Operators that fuse, where the optimiser leaves them between codes and codes.
 FUSIBLE = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add"})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxprune.context import Context
 from fxprune.data import batches
@@ -173,7 +173,7 @@ def _settle(program: Program, job: _Job, fitted: Moments, judging: Moments, mean
 
 def told(rounded: Sequence[Rounded]) -> dict[str, Any]:
     """Return details for the report."""
-    shares = Tensor([one.share for one in rounded])
+    shares = torch.tensor([one.share for one in rounded])
     return {
         "turned": sum(one.turned for one in rounded),
         "error_of_nearest": {one.weight: one.share for one in rounded},

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.calls import arguments
+from fxprune.graph.calls import CONVOLUTIONS, arguments
 from fxprune.structure.flow import Flow, Read, Rule
 from fxprune.structure.labels import Labels, Layer
 
@@ -135,8 +135,4 @@ def _same_offset(
     return Labels((groups * out,), (Layer(0, outgoing[:1].expand_as(outgoing).reshape(-1)),))
 
 
-RULES: dict[Any, Rule] = {
-    getattr(aten, name): convolution
-    for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
-                 "conv_transpose3d")
-}  # fmt: skip
+RULES: dict[Any, Rule] = dict.fromkeys(CONVOLUTIONS, convolution)

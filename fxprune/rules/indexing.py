@@ -44,8 +44,9 @@ def _take(flow: Flow, node: fx.Node, source: Labels, indices: list[Any]) -> Any:
         is_table = isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
         flow.freeze(node, found, "it is indexed by numbers", silent=is_table)
         flow.freeze(node, own, "it holds indices", silent=True)
+    # Along the dimensions of the indices nothing is labelled: one of each is enough to follow.
     zeros = [
-        None if item is None else torch.zeros(_index_shape(item), dtype=torch.long)
+        None if item is None else torch.zeros((1,) * item.meta["val"].dim(), dtype=torch.long)
         for item in indices
     ]
     rest = Labels(source.shape, source.without(*used))
@@ -62,10 +63,6 @@ def _constant(flow: Flow, item: fx.Node) -> Tensor | None:
     if shared or tensor.dim() != 1 or tensor.dtype not in (torch.int64, torch.int32):
         return None
     return tensor.detach().cpu().long()
-
-
-def _index_shape(item: fx.Node) -> tuple[int, ...]:
-    return tuple(item.meta["val"].shape)
 
 
 def select(flow: Flow, node: fx.Node) -> Any:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.data import Batch
+from fxprune.graph.calls import CONVOLUTIONS
 from fxprune.graph.program import Program
 from fxprune.sensitivity.model import Objective, Precision, Weights, explained, single_tensor
 from fxprune.sensitivity.units import UnitLayout
@@ -36,8 +37,7 @@ Matrix = Literal["hessian", "gauss-newton"]
 
 # Linear in the input for fixed weights, and in each weight for a fixed input; or piecewise so.
 PIECEWISE_LINEAR = frozenset({
-    aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d, aten.conv_transpose2d,
-    aten.conv_transpose3d, aten.linear, aten.addmm, aten.batch_norm, aten.dropout,
+    *CONVOLUTIONS, aten.linear, aten.addmm, aten.batch_norm, aten.dropout,
     aten.relu, aten.hardtanh, aten.relu6, aten.leaky_relu, aten.clamp, aten.clamp_min,
     aten.max_pool1d, aten.max_pool2d, aten.avg_pool1d, aten.avg_pool2d, aten.adaptive_avg_pool1d,
     aten.adaptive_avg_pool2d, aten.mean, aten.sum, aten.amax, aten.add, aten.sub, aten.neg,

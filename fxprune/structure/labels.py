@@ -82,16 +82,16 @@ def gather(ids: Tensor) -> Layer | Split | Tensor:
         apart, or a scalar tensor if it does not vary.
 
     """
-    varying = tuple(
-        dim
-        for dim in range(ids.dim())
-        if ids.shape[dim] > 1
-        and ids.stride(dim) != 0
-        and bool((ids != ids.narrow(dim, 0, 1)).any())
-    )
-    for dim in reversed(range(ids.dim())):
-        if dim not in varying:
-            ids = ids.select(dim, 0)
+    for dim, (size, stride) in enumerate(zip(ids.shape, ids.stride(), strict=True)):
+        if size > 1 and stride == 0:  # all at first: comparing would fill in what is expanded
+            ids = ids.narrow(dim, 0, 1)
+    varying: tuple[int, ...] = ()
+    for dim, size in enumerate(ids.shape):
+        if size > 1 and bool((ids != ids.narrow(dim, 0, 1)).any()):
+            varying += (dim,)
+        elif size > 1:
+            ids = ids.narrow(dim, 0, 1)
+    ids = ids[tuple(slice(None) if dim in varying else 0 for dim in range(ids.dim()))]
     if not varying:
         return ids
     if len(varying) == 1:

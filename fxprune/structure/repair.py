@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.calls import argument, assign
+from fxprune.graph.calls import CONVOLUTIONS, argument, assign
 from fxprune.structure.positions import POSITIONS, Remains, Repair
 
 __all__ = ["REPAIRS", "Remains", "Repair"]
@@ -144,11 +144,7 @@ REPAIRS: dict[Any, Repair] = {
     aten.rms_norm: _normalized_shape,
     aten.group_norm: _group_norm,
     aten.scaled_dot_product_attention: _attention,
-    **{
-        getattr(aten, name): _convolution
-        for name in ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
-                     "conv_transpose3d")
-    },
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
     **{
         getattr(aten, name): _full
         for name in ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full",
