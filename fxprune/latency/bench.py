@@ -20,7 +20,7 @@ from fxprune.structure.groups import Group
 LAYERS = frozenset(
     {"Conv", "ConvTranspose", "MatMul", "Gemm"} | {"FusedConv", "FusedMatMul", "FusedGemm"}
 )
-SECONDS = 1.0
+SECONDS = 2.0
 RUNS = 30
 
 
@@ -55,15 +55,15 @@ class Bench:
         return self.how.predict(program, self.table)
 
     def measure(self, program: Program) -> float:
-        """Return a program's milliseconds: the dense latency, by the ratio of runs in turns.
+        """Return a program's milliseconds: the dense latency, by the median ratio of runs in turns.
 
-        Of both the fastest tenth counts, which other work on the machine disturbs least.
+        Neighbouring runs meet the same clock; percentiles of each model's own times may not.
         """
         path = self.folder / "small.onnx"
         export_onnx(program, path, check=False)
         files = {"dense": self.folder / "dense.onnx", "small": path}
         found = compare(files, threads=self.table.host.threads, seconds=SECONDS)
-        return self.dense_ms * found["small"].p10_ms / found["dense"].p10_ms
+        return self.dense_ms / found["small"].speedup
 
 
 def open_bench(
