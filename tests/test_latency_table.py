@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,21 @@ def test_measures_what_is_missing_once(tmp_path: Path) -> None:
     assert about["entries"] == 2
     assert about["threads"] == 1
     assert again.notes == []
+
+
+def test_times_do_not_depend_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = square(16, 3, 8, 8), square(16, 3, 16, 16)
+    pace = [1.0]
+
+    def measured(shapes: Sequence[Shape], threads: int) -> dict[str, float]:
+        return {shape.key: pace[0] * 50 for shape in shapes}
+
+    monkeypatch.setattr("fxprune.latency.table.measure", measured)
+    table = Table(Host.here(1), None)
+    table.fill([fast])
+    pace[0] = 2.0  # everything takes twice as long, the anchors as well
+    table.fill([slow])
+    assert table.us([fast, slow]).tolist() == [50, 50]
 
 
 def test_splits_large_tables_into_sessions() -> None:

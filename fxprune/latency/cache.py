@@ -15,7 +15,7 @@ import onnxruntime
 
 from fxprune.latency.host import cache_folder, features, processor
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Timing:
     """One layer's time.
 
     Attributes:
-        us: microseconds per run, the fastest of several sweeps.
+        us: microseconds per run, the median of several sweeps.
         spread: by what share of it the slowest sweep took longer.
         when: seconds since the epoch.
 

@@ -120,7 +120,9 @@ def analyse(program: Program, prefer: Preference = "heads") -> Analysis:
     rules = known_rules()
     flow = Flow(program, rules, Choices(), Survey()).run()
     if flow.survey is not None and flow.survey.factors:
-        flow = Flow(program, rules, flow.survey.decide(flow.merges, prefer)).run()
+        choices = flow.survey.decide(flow.merges, prefer)
+        del flow  # what it knows takes as much memory as what the next one will
+        flow = Flow(program, rules, choices).run()
     component, reasons = flow.merges.components()
     return Analysis(flow, component, _collect(flow, component, reasons, prefer))
 

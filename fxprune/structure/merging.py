@@ -15,6 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 EDGES = 2**16  # pairs that are resolved at once
+MANY = 2**12  # beyond it, as where index tables are flattened, most are repeated
 Ints = NDArray[np.signedinteger[Any]]
 
 
@@ -52,6 +53,8 @@ class Merges:
         """Let identities that meet live or die together; meeting none (0) freezes."""
         if left is right:
             return
+        if left.numel() > MANY:
+            left, right = torch.stack([left.reshape(-1), right.reshape(-1)]).unique(dim=1)
         self.pairs.append((left, right))
         none = (left == 0) != (right == 0)
         if bool(none.any()):
@@ -61,7 +64,8 @@ class Merges:
         """Never remove these."""
         if not self.reasons or self.reasons[-1] is not reason:
             self.reasons.append(reason)
-        self.frozen.append((ids.reshape(-1), len(self.reasons) - 1))
+        ids = ids.reshape(-1) if ids.numel() <= MANY else ids.unique()
+        self.frozen.append((ids, len(self.reasons) - 1))
 
     def components(self) -> tuple[Ints, Ints]:
         """Resolve everything.
