@@ -128,47 +128,41 @@ def analyse(program: Program, prefer: Preference = "heads") -> Analysis:
 
 
 def _collect(flow: Flow, component: Ints, reasons: Ints, prefer: Preference) -> tuple[Group, ...]:
-    slots = list(flow.slots)
-    identities = np.concatenate([flow.slots[slot].numpy() for slot in slots] or [np.zeros(0, int)])
-    sizes = [flow.slots[slot].numel() for slot in slots]
-    place_slot = np.repeat(np.arange(len(slots), dtype=np.int32), sizes)
-    place_index = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes] or [identities])
-    place_component = component[identities]
-    signature = _signatures(place_component, place_slot, len(reasons))
+    group_of = _sorted_out(flow, component, reasons)
+    places: dict[int, dict[Slot, tuple[Ints, Ints]]] = {}
+    for slot, ids in flow.slots.items():
+        own = component[ids.numpy()]
+        groups = group_of[own]
+        for number in np.unique(groups).tolist():
+            indices = np.flatnonzero(groups == number).astype(np.int32)
+            places.setdefault(number, {})[slot] = own[indices], indices
     mixed = _mixed_by(flow, component)
-
-    present = np.unique(place_component)
-    key = signature[present]
-    np.invert(key, out=key, where=reasons[present] >= 0)
-    group_of = np.full(len(reasons), -1, dtype=np.int32)
-    group_of[present] = np.unique(key, return_inverse=True)[1]
-
-    place_group = group_of[place_component]
-    order = np.argsort(place_group, kind="stable")  # group by group, slot by slot
-    starts = np.flatnonzero(np.diff(place_group[order])) + 1
-    parts = np.split(order, starts) if len(order) else []
-    parts.sort(key=lambda places: place_slot[places[:1]].tolist())  # by the first slot of each
-    numbers = np.full(len(reasons), -1, dtype=np.int32)  # of units within their group
-    is_literal = np.array([slot.tensor.startswith("node:") for slot in slots], dtype=bool)
-    groups, taken = [], set[str]()
-    for places in parts:
-        if is_literal[place_slot[places]].all():
+    units = np.full(len(reasons), -1, dtype=np.int32)  # the numbers of units within their group
+    found, taken = [], set[str]()
+    for number in list(places):  # in the order of their first slots
+        own_places = places.pop(number)
+        named = [slot for slot in own_places if not slot.tensor.startswith("node:")]
+        if not named:
             continue
-        reason = reasons[place_component[places]].min()  # of several, the first in graph order
+        # Of several reasons, the first in graph order.
+        reason = min(int(reasons[members].min()) for members, _ in own_places.values())
         why = flow.merges.reasons[reason] if reason >= 0 else None
         if why is not None and why.silent:
             continue
-        groups.append(_group(slots, places, (place_slot, place_index, place_component), numbers,
-                             why, prefer, mixed, taken))  # fmt: skip
-    return tuple(groups)
+        name = _unique(str(named[0]), taken)
+        found.append(_group(name, own_places, units, why, prefer, mixed))
+    return tuple(found)
 
 
-def _signatures(component: Ints, slot: Ints, total: int) -> np.ndarray:
-    """Hash, per component, how often it occurs in each slot."""
-    random = np.random.default_rng(0).integers(1, 2**63, slot.max(initial=0) + 1, dtype=np.uint64)
-    signature = np.zeros(total, dtype=np.uint64)
-    np.add.at(signature, component, random[slot])
-    return signature
+def _sorted_out(flow: Flow, component: Ints, reasons: Ints) -> Ints:
+    """Number groups: of components that occur equally often in each slot, frozen ones apart."""
+    hashes = np.random.default_rng(0).integers(1, 2**63, len(flow.slots), dtype=np.uint64)
+    signature = np.zeros(len(reasons), dtype=np.uint64)
+    for ids, own in zip(flow.slots.values(), hashes, strict=True):
+        np.add.at(signature, component[ids.numpy()], own)
+    np.invert(signature, out=signature, where=reasons >= 0)
+    numbers: Ints = np.unique(signature, return_inverse=True)[1].astype(np.int32)
+    return numbers
 
 
 def _mixed_by(flow: Flow, component: Ints) -> dict[int, list[str]]:
@@ -181,27 +175,27 @@ def _mixed_by(flow: Flow, component: Ints) -> dict[int, list[str]]:
     return found
 
 
-def _group(
-    slots: list[Slot], places: Ints, table: tuple[Ints, Ints, Ints], numbers: Ints,
-    why: Reason | None, prefer: Preference, mixed: dict[int, list[str]], taken: set[str],
-) -> Group:  # fmt: skip
-    place_slot, place_index, place_component = table
-    own, starts = np.unique(place_slot[places], return_index=True)
-    pieces = np.split(places, starts[1:])
-    # Units are numbered by their index along the first slot.
-    head = place_component[pieces[0]]
-    components = head[np.sort(np.unique(head, return_index=True)[1])]
-    numbers[components] = np.arange(len(components))
-    by_slot = {}
-    for slot, piece in zip(own.tolist(), pieces, strict=True):
-        units = numbers[place_component[piece]]
-        order = np.argsort(units, kind="stable")
-        by_slot[slots[slot]] = (units[order], place_index[piece][order])
-    names = tuple(dict.fromkeys(name for c in components.tolist() for name in mixed.get(c, ())))
-    members = tuple(by_slot)
-    base = str(next((slot for slot in members if not slot.tensor.startswith("node:")), members[0]))
+def _unique(base: str, taken: set[str]) -> str:
     name, count = base, 2
     while name in taken:
         name, count = f"{base}#{count}", count + 1
     taken.add(name)
-    return Group(name, members, why.text if why else None, names, prefer, components, by_slot)
+    return name
+
+
+def _group(
+    name: str, places: dict[Slot, tuple[Ints, Ints]], units: Ints, why: Reason | None,
+    prefer: Preference, mixed: dict[int, list[str]],
+) -> Group:  # fmt: skip
+    # Units are numbered by their index along the first slot.
+    head = next(iter(places.values()))[0]
+    components = head[np.sort(np.unique(head, return_index=True)[1])]
+    units[components] = np.arange(len(components))
+    by_slot = {}
+    for slot, (members, indices) in places.items():
+        numbers = units[members]
+        order = np.argsort(numbers, kind="stable")
+        by_slot[slot] = numbers[order], indices[order]
+    names = tuple(dict.fromkeys(name for c in components.tolist() for name in mixed.get(c, ())))
+    text = why.text if why else None
+    return Group(name, tuple(by_slot), text, names, prefer, components, by_slot)

@@ -14,7 +14,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-EDGES = 2**16  # pairs that are resolved at once
+EDGES = 2**14  # pairs that are resolved at once
 MANY = 2**12  # beyond it, as where index tables are flattened, most are repeated
 Ints = NDArray[np.signedinteger[Any]]
 
@@ -54,7 +54,8 @@ class Merges:
         if left is right:
             return
         if left.numel() > MANY:
-            left, right = torch.stack([left.reshape(-1), right.reshape(-1)]).unique(dim=1)
+            both = (left.long().reshape(-1) << 32 | right.reshape(-1)).unique()
+            left, right = (both >> 32).int(), (both & 0xFFFFFFFF).int()
         self.pairs.append((left, right))
         none = (left == 0) != (right == 0)
         if bool(none.any()):
@@ -77,11 +78,8 @@ class Merges:
         """
         component: Ints = np.arange(self.count, dtype=np.int32)
         for left, right in self._edges():
-            nodes = int(component.max()) + 1
-            ends = component[left], component[right]
-            edges = coo_array((np.ones(len(left)), ends), shape=(nodes, nodes))
-            component = connected_components(edges, directed=False)[1][component]
-        total = int(component.max()) + 1
+            component = _united(component, component[left], component[right])
+        component, total = _renumbered(component)
         reason = np.full(total, len(self.reasons), dtype=np.int32)
         if self.frozen:
             ids = _join([entry[0] for entry in self.frozen])
@@ -100,6 +98,26 @@ class Merges:
             left, right = _join(lefts), _join(rights)
             met = (left != 0) & (right != 0) & (left != right)
             yield left[met], right[met]
+
+
+def _united(component: Ints, left: Ints, right: Ints) -> Ints:
+    """Let pairs of components be one, which keeps its lowest number."""
+    nodes, ends = np.unique(np.stack([left, right]), return_inverse=True)
+    edges = coo_array((np.ones(len(left), bool), tuple(ends.reshape(2, -1))), (len(nodes),) * 2)
+    part = connected_components(edges, directed=False)[1]
+    lowest = nodes[np.unique(part, return_index=True)[1]]
+    now = np.arange(len(component), dtype=np.int32)
+    now[nodes] = lowest[part]
+    united: Ints = now[component]
+    return united
+
+
+def _renumbered(component: Ints) -> tuple[Ints, int]:
+    """Number the components that there are from zero; return also how many there are."""
+    present = np.zeros(len(component), dtype=bool)
+    present[component] = True
+    number = np.cumsum(present, dtype=np.int32)
+    return number[component] - np.int32(1), int(number[-1])
 
 
 def _join(parts: Sequence[Tensor]) -> Ints:
