@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from fxprune.allocator import keep_freed_memory
 from fxprune.compat import enable_torchvision
 from fxprune.context import Context
 from fxprune.data import batches
@@ -177,6 +178,7 @@ def study(folder: Path, case: Case, options: argparse.Namespace) -> Iterator[lis
 
 def main() -> None:
     """Print the table."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", help="networks, separated by commas")
