@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxprune.context import Context
 from fxprune.facts import OBSERVED
-from fxprune.latency.table import Shape
+from fxprune.latency.shapes import Shape
 from fxprune.passes import InsertObservers
 from fxprune.pipeline import Skip
 from fxprune.progress import Tracker

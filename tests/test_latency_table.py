@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fxprune.graph.program import Program, shape_of
 from fxprune.latency.cache import Host, Timing
 from fxprune.latency.layers import layers, others
-from fxprune.latency.table import Shape, Table, model_of
+from fxprune.latency.shapes import Shape, model_of
+from fxprune.latency.table import Table
 from fxprune.latency.turns import open_session, random_inputs
 
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxprune.graph.program import Program, shape_of
 from fxprune.latency.layers import Dim, Kind, Layer, layers, layers_of, others
-from fxprune.latency.table import Shape
+from fxprune.latency.shapes import Shape
 from fxprune.planning.cost import Shrinkage, batch_of
 from fxprune.planning.ledger import Floats
 from fxprune.structure.groups import Group

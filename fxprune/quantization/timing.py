@@ -23,7 +23,8 @@ from torch import Tensor, fx
 from fxprune.graph.calls import packet_of
 from fxprune.graph.program import Program
 from fxprune.latency.profile import Profiled, profile
-from fxprune.latency.table import OPSET, RUNS, SWEEPS, Shape, operator, sessions
+from fxprune.latency.shapes import OPSET, Shape, operator
+from fxprune.latency.table import RUNS, SWEEPS, sessions
 from fxprune.latency.terms import shape_of_layer
 from fxprune.planning.cost import batch_of
 from fxprune.progress import Tracker
