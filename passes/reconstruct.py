@@ -38,7 +38,7 @@ from fxprune.errors import InputError
 from fxprune.facts import MASKS, PLAN, REMOVED
 from fxprune.graph.program import Program
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.planning.cost import activation_bytes
+from fxprune.planning.cost import activation_bytes, cost
 from fxprune.reconstruction.activations import Store
 from fxprune.reconstruction.lookahead import Curvature, Solver
 from fxprune.reconstruction.menders import Settings
@@ -50,6 +50,10 @@ from fxprune.training.loop import placed
 # takes longer than smaller batches do: a forward pass of MobileNetV2 takes 75 ms of processor time
 # per image in batches of 100, 45 in batches of 32, and 24 in batches of 16.
 QUICK = 2**30
+# What ``auto`` looks ahead, and the multiply-accumulates of one run over the samples up to which it
+# does: looking ahead from every layer then takes about six minutes of processor time, 2.7 ns each.
+AHEAD = 12
+AFFORDABLE = 1.5e11
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Reconstruct(Pass):
             they multiply.
         held_out: the share of the samples that judges changes and does not make them.
         lookahead: how many operations beyond each layer to look in a second round, by Newton's
-            method; 0 for no such round.
+            method; 0 for no such round, ``auto`` for 12 where that takes minutes and else none.
         rounds: how often to look ahead from every layer.
         curvature: of the residuals alone, or as the paper has it of the whole loss.
         steps: of Newton's method per layer, at most.
@@ -83,7 +87,7 @@ class Reconstruct(Pass):
     batch_size: int = 128
     ridge: float = 1e-3
     held_out: float = 0.2
-    lookahead: int = 0
+    lookahead: int | str = 0
     rounds: int = 1
     curvature: Curvature = "gauss-newton"
     steps: int = 2
@@ -97,6 +101,10 @@ class Reconstruct(Pass):
     name: ClassVar[str] = "reconstruct"
     keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS, PLAN})
 
+    def __post_init__(self) -> None:
+        if isinstance(self.lookahead, str) and self.lookahead != "auto":
+            raise InputError(f"lookahead is {self.lookahead}; it must be auto or a whole number")
+
     def run(self, program: Program, context: Context) -> Outcome:
         """Re-fit; changes counts layers."""
         if context.dense is None:
@@ -105,10 +113,11 @@ class Reconstruct(Pass):
             self._check(program)
         program.eval()
         dense = _placed(context.dense, context.device).eval()
-        details: dict[str, Any] = {}
+        operations, notes = self._ahead(dense, context)
+        details: dict[str, Any] = {"notes": notes} if notes else {}
         changed: set[str] = set()
         with placed(program, context.device), torch.no_grad():
-            ahead = [self.lookahead] * self.rounds * (self.lookahead > 0)
+            ahead = [operations] * self.rounds * (operations > 0)
             for lookahead in ahead if self.solver == "paper" else (0, *ahead):
                 mended, skips, told = self._round(program, dense, context, lookahead)
                 changed |= {layer.layer for layer in mended if layer.after < layer.before}
@@ -118,6 +127,18 @@ class Reconstruct(Pass):
                 else:
                     details |= told
         return Outcome(len(changed), skips, details)
+
+    def _ahead(self, dense: Program, context: Context) -> tuple[int, list[str]]:
+        """Return how many operations to look ahead, and a note if that is none for its price."""
+        if not isinstance(self.lookahead, str):
+            return self.lookahead, []
+        samples = min(self.samples, len(context.samples.calibration))
+        if samples * cost(dense).macs <= AFFORDABLE:
+            return AHEAD, []
+        return 0, [
+            "reconstruct solved for every layer and did not look ahead, which would take long; "
+            f"reconstruct{{lookahead={AHEAD}}} in a pipeline of your own asks for it"
+        ]
 
     def _check(self, program: Program) -> None:
         if not self.lookahead:

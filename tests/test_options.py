@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fxprune.errors import InputError
-from fxprune.passes import Finetune, FoldBatchNorm, PlanChannels, RemoveChannels
+from fxprune.passes import Finetune, FoldBatchNorm, PlanChannels, Reconstruct, RemoveChannels
 from fxprune.pipeline import Pipeline
 from fxprune.planning.budget import Target
 from fxprune.run.options import default_pipeline, make_options, resolve
@@ -40,6 +40,15 @@ def test_a_limit_on_accuracy_alone_leaves_the_targets_open() -> None:
     assert targets == ()
     assert planners(pipeline) == [PlanChannels()]
     assert resolve(make_options())[1] == HALF
+
+
+def test_looks_ahead_where_nothing_mends_later_and_nothing_is_searched() -> None:
+    def looks(pipeline: Pipeline) -> list[int | str]:
+        return [step.lookahead for step in pipeline if isinstance(step, Reconstruct)]
+
+    assert looks(default_pipeline(HALF, 0, steps=2)) == [0, "auto"]
+    assert looks(default_pipeline(HALF, 1)) == [0]
+    assert looks(default_pipeline((), 0)) == [0]
 
 
 def test_epochs_and_steps_are_for_the_default_pipeline() -> None:

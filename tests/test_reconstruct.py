@@ -130,6 +130,24 @@ def test_looking_ahead_comes_nearer_still() -> None:
     assert sum(layer["cg_steps"] for layer in steps) > 0
 
 
+def test_looks_ahead_by_itself_where_that_takes_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, context = given(Net())
+    removed(program, "stem.weight", [0, 3, 5])
+    step = Reconstruct(samples=80, steps=1, lookahead="auto")
+    (told,) = (step(program.copy(), context).details or {})["lookahead"]
+    assert told["layers"]
+    monkeypatch.setattr("fxprune.passes.reconstruct.AFFORDABLE", 1e3)
+    details = step(program, context).details or {}
+    assert "lookahead" not in details
+    (note,) = details["notes"]
+    assert "reconstruct{lookahead=12}" in note
+
+
+def test_a_look_ahead_is_a_number_or_auto() -> None:
+    with pytest.raises(InputError, match="lookahead is far"):
+        Reconstruct(lookahead="far")
+
+
 @pytest.mark.parametrize("curvature", ["newton", "gauss-newton"])
 def test_masks_hold_with_a_look_ahead(curvature: Any) -> None:
     program, context = given(Net())

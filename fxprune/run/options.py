@@ -191,8 +191,9 @@ def default_pipeline(
     """Return the passes of a run that names none.
 
     Several steps each go an equal part of the way, as a ratio of costs; the early ones need not
-    land exactly. Every cut is made good by reconstruction, which needs no labels. Epochs are shared
-    out among the steps, what does not divide to the last.
+    land exactly. Every cut is made good by reconstruction, which needs no labels; the last one, if
+    no training follows and this is no search, with a look ahead. Epochs are shared out among the
+    steps, what does not divide to the last.
     """
     found: list[Pass] = []
     for step in range(1, steps + 1):
@@ -206,7 +207,7 @@ def default_pipeline(
             plan,
             RemoveChannels(),
             RecalibrateNorms(),
-            Reconstruct(),
+            Reconstruct(lookahead="auto" if last and not share and targets else 0),
             *[Finetune(epochs=share)] * (share > 0),
         ]
     codes = (InsertObservers(), TrainQuantized(), ConvertQuantized()) if int8 else ()
