@@ -30,6 +30,17 @@ def test_a_failure_is_a_line_of_the_table() -> None:
     assert "**layers:no such model** at build" in markdown([record], "the command")
 
 
+def test_memory_is_told_beside_that_of_a_forward() -> None:
+    measured = [
+        {"suite": "s", "model": str(forward), "failed": None, "groups_peak_mib": 2.0,
+         "forward_peak_mib": forward}
+        for forward in (4.0, 8.0, 8.0)
+    ]  # fmt: skip
+    page = markdown(measured, "the command")
+    assert "| 0.25, 0.50 |" in page
+    assert "| 2 of 4 | passes |" in page
+
+
 def test_untrained_norms_and_scales_are_made_to_matter() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.LayerNorm(4))
     nn.init.zeros_(model[0].bias)  # type: ignore[arg-type]

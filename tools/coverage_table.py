@@ -45,8 +45,8 @@ def markdown(
         "",
         _INTRODUCTION,
         "",
-        "| suite | listed | tried | passed | trace, s | groups / trace | share |",
-        "|" + "---|" * 7,
+        "| suite | listed | tried | passed | trace, s | groups / trace | share | memory |",
+        "|" + "---|" * 8,
     ]
     for suite in dict.fromkeys(record["suite"] for record in records):
         mine = [record for record in records if record["suite"] == suite]
@@ -55,7 +55,8 @@ def markdown(
         parts.append(
             f"| {suite} | {(listed or {}).get(suite, len(mine))} | {len(mine)} | "
             f"{sum(not r['failed'] for r in mine)} | "
-            f"{_median(done, 'trace_s'):.1f} | {ratio:.2f} | {_median(done, 'share'):.2f} |"
+            f"{_median(done, 'trace_s'):.1f} | {ratio:.2f} | {_median(done, 'share'):.2f} | "
+            f"{_memory(mine)} |"
         )
     if failures := [record for record in records if record["failed"]]:
         parts += ["", "## What fails", ""]
@@ -67,6 +68,13 @@ def markdown(
     return "\n".join([*parts, "", "## Every model", "", *_rows(records), ""])
 
 
+def _memory(records: Sequence[Record]) -> str:
+    """The ratios of the memory that groups take to a forward's: the median, and the largest."""
+    both = [(r.get("groups_peak_mib"), r.get("forward_peak_mib")) for r in records]
+    ratios = [groups / forward for groups, forward in both if groups is not None and forward]
+    return f"{statistics.median(ratios):.2f}, {max(ratios):.2f}" if ratios else ""
+
+
 _INTRODUCTION = """\
 Each model, with random weights, is traced in a process of its own; half of the units of every
 removable group, chosen at random, are removed; the smaller model then runs forward at two batch
@@ -74,8 +82,10 @@ sizes and backward, and its ONNX file is compared with it in ONNX Runtime. *Shar
 the parameters that go with some removable unit. *Error* is that of zero-then-remove, over the
 groups that no normalisation mixes with others (1e-5 in single precision; where rounding alone
 exceeds that, 1e-10 in double precision). Times are seconds of processor time on one thread; the
-first table has medians. A model that is listed and not tried, and an empty cell, were not measured
-in this run."""
+first table has medians. *Memory* is by how much the process grew at most, in MiB, while groups were
+found, of what a forward pass at batch 1 adds; the program and its weights are there before both.
+The first table has the median ratio and the largest. A model that is listed and not tried, and an
+empty cell, were not measured in this run."""
 
 
 def _name(record: Record) -> str:
@@ -101,8 +111,8 @@ def _held(record: Record) -> str:
 def _rows(records: Sequence[Record]) -> list[str]:
     rows = [
         "| model | params, M | trace, s | groups, s | removable groups | share | left | error | "
-        "ONNX parity | result |",
-        "|" + "---|" * 10,
+        "ONNX parity | memory | result |",
+        "|" + "---|" * 11,
     ]
     for record in sorted(records, key=_name):
         cells = [
@@ -111,6 +121,8 @@ def _rows(records: Sequence[Record]) -> list[str]:
             f"{record.get('free_groups', '')} of {record.get('groups', '')}",
             _number(record, "share", "{:.2f}"), _number(record, "params_left", "{:.2f}"),
             _number(record, "error", "{:.0e}"), _number(record, "parity", "{:.0e}"),
+            _number(record, "groups_peak_mib", "{:.0f} of ")
+            + _number(record, "forward_peak_mib", "{:.0f}"),
             f"fails at {record['failed']}" if record["failed"] else "passes",
         ]  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
