@@ -25,7 +25,6 @@ from fxprune.structure.groups import Analysis, Group, analyse
 from fxprune.structure.labels import Labels
 from fxprune.structure.merging import Ints
 
-aten = torch.ops.aten
 Quantity = Literal["params", "macs", "weight_bytes"]
 
 

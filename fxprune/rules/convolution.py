@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxprune.graph.calls import CONVOLUTIONS, arguments
 from fxprune.structure.flow import Flow, Read, Rule
 from fxprune.structure.labels import Labels, Layer
-
-aten = torch.ops.aten
 
 
 def convolution(flow: Flow, node: fx.Node) -> Any:
