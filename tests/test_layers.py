@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune.graph.calls import argument
-from fxprune.reconstruction.layers import Some, blocks, layers, weight_rows
+from fxprune.reconstruction.layers import Some, blocks, layers, output_shape, weight_rows
 
 KINDS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv": (nn.Conv2d(4, 6, 3, padding=1), (3, 4, 7, 5)),
@@ -50,6 +50,34 @@ def test_some_positions_are_positions_of_all(kind: str) -> None:
         bias = program.tensor(str(layer.bias)).detach().view(rows.shape[0], -1, 1)
         torch.testing.assert_close(rows @ features + bias, wanted)
         assert features.shape[2] < total or value.dim() == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_shape_of_a_value_follows_the_batch(kind: str) -> None:
+    module, shape = KINDS[kind]
+    x = torch.randn(shape, dtype=torch.float64)
+    (layer,) = layers(trace(module.double(), x))
+    assert output_shape(layer.node, x[:1]) == module(x[:1]).shape
+
+
+def test_the_batch_need_not_come_first() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.mT).sum(0)  # type: ignore[no-any-return]
+
+    (layer,) = layers(trace(Tokens(), torch.randn(5, 4, 2)))
+    assert output_shape(layer.node, torch.randn(5, 7, 4)) == (5, 7, 6)
+
+
+def test_a_sample_may_come_alone() -> None:
+    x = torch.randn(4, 7, 5)
+    module = nn.Conv2d(4, 6, 3)
+    (layer,) = layers(trace(module, x))
+    assert output_shape(layer.node, x) == module(x).shape
 
 
 def test_rows_are_drawn_so_that_there_are_enough_positions() -> None:

@@ -68,6 +68,44 @@ def test_a_norm_takes_up_the_shift_of_a_layer_without_bias() -> None:
     assert moved == {"1.running_mean"}
 
 
+class Parts(nn.Module):
+    """Two layers side by side before one norm, as implants leave them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 2, 3, padding=1, bias=False), nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(torch.cat([self.one(x), self.two(x)], 1)) + x[:, :1]
+
+
+@torch.no_grad()
+def test_layers_before_a_concat_are_fitted_on_their_own_channels() -> None:
+    program = trace(randomise_norms(Parts()).double().eval(), X[:2])
+    dense = program.copy()
+    stored = dense.graph_module.state_dict()
+    for name in ("one.weight", "two.weight", "two.bias", "norm.running_mean"):
+        stored[name].add_(torch.randn_like(stored[name]))
+    dense.graph_module.load_state_dict(stored)
+    stored["norm.running_mean"][2:] = program.tensor("norm.running_mean")[2:]
+    dense.graph_module.load_state_dict(stored)
+    wanted = dense(X)
+    for layer in layers(program):
+        region = cut(layer, 0, comparable(program, dense))
+        assert region is not None
+        assert region.outputs[-1].name == "add"
+        task = Refit(program, region)
+        fitted(program, task, wanted)
+        found = task.apply(0.0)
+        assert found is not None
+        assert found.after < 1e-12 < found.before
+    torch.testing.assert_close(program(X), wanted)
+    mended = program.graph_module.state_dict()
+    for name, value in stored.items():
+        torch.testing.assert_close(mended[name], value)
+
+
 @torch.no_grad()
 def test_what_samples_held_out_do_not_confirm_is_not_done() -> None:
     program, task = given(nn.Conv2d(3, 2, 1))

@@ -16,6 +16,7 @@ aten = torch.ops.aten
 CONVOLUTIONS = frozenset({aten.conv1d, aten.conv2d, aten.conv3d})
 BLOCK = 2**23  # elements of a block of features
 TRANSPOSED = frozenset({aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d})
+LAYERS = CONVOLUTIONS | TRANSPOSED | {aten.linear}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,6 @@ def layers(program: Program) -> tuple[Layer, ...]:
 
 
 def _layers(program: Program) -> Iterator[Layer]:
-    kinds = CONVOLUTIONS | TRANSPOSED | {aten.linear}
     readers: dict[int, list[fx.Node]] = {}
     names: dict[int, str] = {}
     for node in program.tensor_nodes():
@@ -61,7 +61,7 @@ def _layers(program: Program) -> Iterator[Layer]:
     found = []
     for key, users in readers.items():
         calls = sorted(set(users), key=order.__getitem__)
-        if not all(packet_of(call) in kinds for call in calls):
+        if not all(packet_of(call) in LAYERS for call in calls):
             continue
         weights = [argument(call, "weight") for call in calls]
         tensors = [program.tensor(str(w.target)) for w in weights if w.op == "get_attr"]
@@ -87,6 +87,15 @@ def channel_axis(node: fx.Node) -> int:
         return -1
     dims: int = argument(node, "weight").meta["val"].dim()
     return 1 - dims
+
+
+def output_shape(node: fx.Node, value: Tensor) -> tuple[int, ...]:
+    """Return the shape of a call's value for an input of a batch size of its own."""
+    traced = node.meta["val"].shape
+    if packet_of(node) is aten.linear:
+        return (*value.shape[:-1], traced[-1])
+    batched = value.dim() == argument(node, "weight").meta["val"].dim()
+    return (value.shape[0], *traced[1:]) if batched else tuple(traced)
 
 
 def blocks(

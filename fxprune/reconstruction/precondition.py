@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxprune.graph.calls import argument
 from fxprune.graph.program import Program
-from fxprune.reconstruction.layers import Layer, blocks, weight_rows
+from fxprune.reconstruction.layers import Layer, blocks, output_shape, weight_rows
 from fxprune.reconstruction.leastsquares import MOST_FEATURES, Moments
 from fxprune.reconstruction.newton import Product, Vector
 from fxprune.reconstruction.region import affine_tail, slope
@@ -65,8 +65,8 @@ def preconditioner(
 def _gram(call: Any, value: Tensor, rows: Tensor, *, bias: bool) -> Tensor:
     """Second moments of the features, and of the constant: groups x f x f."""
     seen = Moments.zeros(rows.shape[0], rows.shape[2], 1, value.device)
-    shape = call.meta["val"].shape
-    for features, _ in blocks(call, value, value.new_zeros(value.shape[0], *shape[1:])):
+    nothing = value.new_zeros(1).expand(output_shape(call, value))
+    for features, _ in blocks(call, value, nothing):
         seen.add(features, features.new_zeros(features.shape[0], 1, features.shape[2]))
     gram = seen.gram / seen.count
     mean_square = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)

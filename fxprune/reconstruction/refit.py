@@ -9,6 +9,7 @@ layer before a batch norm shifts the norm's running mean instead.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,18 @@ from fxprune.graph.surgery import set_tensor
 from fxprune.reconstruction.activations import Values
 from fxprune.reconstruction.layers import Layer, Some, blocks, weight_rows
 from fxprune.reconstruction.leastsquares import Moments, solve
-from fxprune.reconstruction.region import Region, affine_tail, along_channels, slope
+from fxprune.reconstruction.region import (
+    IDENTITIES,
+    Region,
+    affine_tail,
+    along_channels,
+    channels,
+    own_channels,
+    slope,
+)
 
 aten = torch.ops.aten
+PASSING = IDENTITIES | {aten.cat}  # what leaves channels as they are
 POSITIONS, PER_FEATURE = 131072, 64
 
 
@@ -63,7 +73,7 @@ class Refit:
         values = self.region.run(self.program, frontier, {})
         target = dict(zip(self.region.outputs, wanted, strict=True))
         for call, tail, scale in zip(self.layer.calls, self._tails, self._slopes, strict=True):
-            error = target[tail[-1]] - values[tail[-1]]
+            error = own_channels(tail, target[tail[-1]] - values[tail[-1]])
             if scale is not None:
                 error = error / along_channels(call, scale).to(error.dtype)
             for x, r in blocks(call, values[argument(call, "input")], error, self._some):
@@ -90,9 +100,10 @@ class Refit:
         weight = self.program.tensor(self.layer.weight).detach()
         moved = weight.double() + change.flatten(0, 1).view(weight.shape)
         set_tensor(self.program, self.layer.weight, moved.to(weight.dtype))
-        for name, sign in absorbers:
-            old = self.program.tensor(name).detach()
-            set_tensor(self.program, name, (old.double() + sign * shift.view(-1)).to(old.dtype))
+        for name, sign, where in absorbers:
+            value = self.program.tensor(name).detach().clone()
+            value[where] = (value[where].double() + sign * shift.view(-1)).to(value.dtype)
+            set_tensor(self.program, name, value)
         return Fit(before, after)
 
     def error(self, frontier: Values, wanted: list[Tensor]) -> float:
@@ -103,7 +114,7 @@ class Refit:
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors that ``apply`` changes, as they are."""
-        names = [self.layer.weight, *(name for name, _ in _absorbers(self.program, self.layer))]
+        names = [self.layer.weight, *(name for name, *_ in _absorbers(self.program, self.layer))]
         return {name: self.program.tensor(name).detach() for name in names}
 
     def _error(self, moments: Moments, change: Tensor, shift: Tensor) -> float:
@@ -120,17 +131,19 @@ def _until(tail: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> tuple[fx.
     return tail[: last + 1]
 
 
-def _absorbers(program: Program, layer: Layer) -> list[tuple[str, float]]:
-    """The tensors that take up a shift of the layer's value, and with which sign."""
+def _absorbers(program: Program, layer: Layer) -> list[tuple[str, float, slice]]:
+    """The tensors that take up a shift of the layer's value, with which sign, and where."""
     if layer.bias is not None:
-        return [(layer.bias, 1.0)]
+        return [(layer.bias, 1.0, slice(None))]
     found = []
     for call in layer.calls:
-        norm = next(iter(call.users), None)
-        if len(affine_tail(call)) < 2 or norm is None or packet_of(norm) is not aten.batch_norm:
+        tail = affine_tail(call)
+        moved = itertools.takewhile(lambda node: packet_of(node) in PASSING, tail[1:])
+        until = 1 + len(list(moved))
+        if until == len(tail) or packet_of(tail[until]) is not aten.batch_norm:
             return []
-        mean: Any = norm.args[3]
-        if len(mean.users) > 1 or len(call.users) > 1:
+        mean: Any = tail[until].args[3]
+        if len(mean.users) > 1:
             return []
-        found.append((str(mean.target), -1.0))
-    return found if len(set(found)) == len(found) else []
+        found.append((str(mean.target), -1.0, channels(tail[:until])))
+    return found if len({name for name, *_ in found}) == len(found) else []

@@ -7,6 +7,7 @@ computes from that. Its outputs are values that the dense program has as well.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, fx
 from fxprune.graph.calls import argument, packet_of
 from fxprune.graph.program import Program
 from fxprune.reconstruction.activations import Values, compute
-from fxprune.reconstruction.layers import Layer, channel_axis
+from fxprune.reconstruction.layers import LAYERS, Layer, channel_axis
 
 aten = torch.ops.aten
 IDENTITIES = frozenset({aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.clone})
@@ -68,16 +69,21 @@ def comparable(program: Program, dense: Program) -> frozenset[fx.Node]:
         node
         for node in program.graph.nodes
         if (other := named.get(node.name)) is not None
-        and node.target == other.target
+        and (node.target == other.target or _implanted(node, other))
         and {user.name for user in node.users} == {user.name for user in other.users}
     )
+
+
+def _implanted(node: fx.Node, other: fx.Node) -> bool:
+    """Whether a concat stands where the dense program has a layer, as implants leave it."""
+    return packet_of(node) is aten.cat and packet_of(other) in LAYERS
 
 
 def affine_tail(call: fx.Node) -> tuple[fx.Node, ...]:
     """Return a call and what follows it as long as that is affine in each of its channels.
 
-    Batch norms in evaluation mode and sums: where only they lie between a layer and a value, the
-    layer's best weights for that value are a least-squares problem.
+    Batch norms in evaluation mode, sums and concats along channels: where only they lie between a
+    layer and a value, the layer's best weights for that value are a least-squares problem.
     """
     chain = [call]
     while len(chain[-1].users) == 1:
@@ -96,11 +102,30 @@ def _is_affine(call: fx.Node, source: fx.Node, user: fx.Node) -> bool:
         stored = all(isinstance(item, fx.Node) for item in user.args[3:5])
         channels = channel_axis(call) % dims == 1
         return user.args[0] is source and stored and not user.args[5] and channels
+    if kind is aten.cat:
+        along = (channel_axis(call) - argument(user, "dim")) % dims == 0
+        return along and list(argument(user, "tensors")).count(source) == 1
     if kind is not aten.add or argument(user, "alpha") != 1:
         return False
     others = [item for item in user.args[:2] if item is not source]
     same = user.meta["val"].shape == source.meta["val"].shape
     return len(others) == 1 and isinstance(others[0], fx.Node) and same
+
+
+def channels(chain: tuple[fx.Node, ...]) -> slice:
+    """Return which channels of an affine tail's last value are those of its call."""
+    axis, start = channel_axis(chain[0]), 0
+    for source, node in itertools.pairwise(chain):
+        if packet_of(node) is aten.cat:
+            parts = list(argument(node, "tensors"))
+            start += sum(part.meta["val"].shape[axis] for part in parts[: parts.index(source)])
+    return slice(start, start + chain[0].meta["val"].shape[axis])
+
+
+def own_channels(chain: tuple[fx.Node, ...], value: Tensor) -> Tensor:
+    """Return the part of the tail's last value that its call has a share in."""
+    own = channels(chain)
+    return value.narrow(channel_axis(chain[0]), own.start, own.stop - own.start)
 
 
 def slope(program: Program, chain: tuple[fx.Node, ...]) -> Tensor | None:
@@ -110,13 +135,14 @@ def slope(program: Program, chain: tuple[fx.Node, ...]) -> Tensor | None:
     it asks nothing of the layer.
     """
     found: Tensor | None = None
-    for node in chain[1:]:
+    for number, node in enumerate(chain):
         if packet_of(node) is not aten.batch_norm:
             continue
         gamma, _, _, variance = (_stored(program, item) for item in node.args[1:5])
         assert variance is not None
         eps: Any = node.args[7]
         scale = (variance + eps).rsqrt() * (1.0 if gamma is None else gamma)
+        scale = scale[channels(chain[: number + 1])]
         found = scale if found is None else found * scale
     if found is None:
         return None
