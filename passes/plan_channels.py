@@ -30,6 +30,8 @@ from fxprune.graph.program import Program
 from fxprune.implants.planning import implant_share, plan_tiers
 from fxprune.latency.bench import Bench
 from fxprune.latency.plan import bench_for, solve_and_try
+from fxprune.passes.recalibrate_norms import RecalibrateNorms
+from fxprune.passes.reconstruct import Reconstruct
 from fxprune.pipeline import Facts, Outcome, Pass, Skip
 from fxprune.planning.budget import Name, Target
 from fxprune.planning.cost import cost, cost_model
@@ -41,6 +43,8 @@ from fxprune.planning.widths import DEPTHWISE_FLOOR, Rounding, widths
 from fxprune.structure.groups import Group, find_groups
 from fxprune.structure.merging import Ints
 from fxprune.structure.removal import remove_units
+
+MENDED = 256  # samples that plans with implants are mended on before they are judged
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class PlanChannels(Pass):
         corrections: how often a plan whose measured latency misses its budget is made anew; at
             zero plans are not measured.
         implant_ratio: the share of each group's cut that gets implants instead; ``auto`` mixes
-            removal with layers of low rank as moves the output least on calibration samples.
+            removal with layers of low rank as moves the output least on calibration samples, once
+            plans are carried out and the weights re-fitted.
         path: how far to go from the dense model to the budget, geometrically; below one in the
             early steps of a schedule.
 
@@ -131,7 +136,9 @@ class PlanChannels(Pass):
         with bench_for(self.targets, program, context) as bench:
             problem = self._problem(program, context, groups, sensitivity, bench)
             if self.implant_ratio:
-                plan, found = plan_tiers(program, context, groups, problem, sensitivity, self)
+                plan, found = plan_tiers(
+                    program, context, groups, problem, sensitivity, self, _mend
+                )
             else:
                 found, timed = solve_and_try(problem, bench, cut, self.corrections)
                 plan = Plan({g.name: tuple(units) for g, units in doomed(found.removed).items()})
@@ -197,3 +204,9 @@ class PlanChannels(Pass):
             tuple(group.name for group in groups), Ledgers(tuple(costs)), np.array(limits), spent,
             tuple(levels), tuple(str(rounding.dense) for rounding in roundings), self.tolerance,
         )  # fmt: skip
+
+
+def _mend(program: Program, context: Context) -> None:
+    """Do what follows removal in most pipelines, on few samples."""
+    RecalibrateNorms(samples=MENDED)(program, context)
+    Reconstruct(samples=MENDED)(program, context)

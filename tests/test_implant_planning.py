@@ -19,9 +19,16 @@ from fxprune.implants.kinds import Kind
 from fxprune.implants.moments import Sampling, measure
 from fxprune.implants.places import output_scale, sites_of
 from fxprune.implants.planning import implant_share
+from fxprune.implants.trial import Trials
 from fxprune.implants.whole_layers import ranks_of, spectrum, with_layers
 from fxprune.inputs.datasets import Arrays
-from fxprune.passes import ImplantLowRank, PlanChannels, RemoveChannels
+from fxprune.passes import (
+    ImplantLowRank,
+    PlanChannels,
+    RecalibrateNorms,
+    Reconstruct,
+    RemoveChannels,
+)
 from fxprune.planning.cost import cost, cost_model
 from fxprune.planning.cuts import Problem
 from fxprune.planning.ledger import Ledger
@@ -99,6 +106,35 @@ def test_parameters_and_bytes_are_predicted_too() -> None:
         assert (found.params, found.weight_bytes) == (
             round(predicted["params"]), round(predicted["weight_bytes"])
         )  # fmt: skip
+
+
+def mended(program: Program, context: Context) -> None:
+    RecalibrateNorms()(program, context)
+    Reconstruct()(program, context)
+
+
+@torch.no_grad()
+def test_plans_are_judged_once_mended() -> None:
+    program = scored()
+    PlanChannels(macs=0.6, round_to=2, implant_ratio="auto", tolerance=0.05)(program, CONTEXT)
+    mixed, small = program.get(PLAN), scored()
+    assert mixed.kinds
+    PlanChannels(macs=0.6, round_to=2, tolerance=0.05)(small, CONTEXT)
+    alone = small.get(PLAN)
+    groups = find_groups(program)
+    sites, _ = sites_of(program, {group: range(len(group.units)) for group in groups})
+    moments = measure(program, sites, CONTEXT, ALL)
+    trials = Trials(program, groups, moments, CONTEXT, 6, 3, mended)
+    assert trials.moved(mixed) < trials.moved(alone)
+
+    chosen = torch.randperm(24, generator=torch.Generator().manual_seed(CONTEXT.seed))
+    judges, others = X[chosen[:6]], X[chosen[6:]]
+    RemoveChannels()(small, CONTEXT)
+    cut = (small(judges) - program(judges)).square().mean()
+    mended(small, Context(Data(Arrays(others)), dense=program))
+    once_mended = (small(judges) - program(judges)).square().mean()
+    assert trials.moved(alone) == pytest.approx(float(once_mended), rel=1e-4)
+    assert once_mended < 0.8 * cut
 
 
 def test_a_fixed_ratio_splits_every_cut_as_the_paper_does() -> None:

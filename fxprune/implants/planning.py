@@ -17,7 +17,7 @@ from fxprune.implants.moments import Sampling, measure
 from fxprune.implants.places import sites_of
 from fxprune.implants.prospects import prospects
 from fxprune.implants.tiers import tiers
-from fxprune.implants.trial import Trials
+from fxprune.implants.trial import Mend, Trials
 from fxprune.implants.whole_layers import Ranks, ranks_of, spectrum, with_layers
 from fxprune.planning.cost import CostModel, cost_model
 from fxprune.planning.cuts import Problem
@@ -28,8 +28,9 @@ from fxprune.planning.widths import Rounding
 from fxprune.structure.groups import Group
 
 # What a unit of an implant's predicted loss weighs against one of removal's. Scores of single units
-# tell too little of the loss when many go, so that implants look dearer than they are.
-RATES = (1.0, 0.3, 0.1, 0.03)
+# tell too little of the loss when many go, so that implants look dearer than they are; but what is
+# mended after removal is more than what can be mended after implants.
+RATES = (10.0, 3.0, 1.0, 0.3)
 SAMPLING = Sampling(samples=256, batch_size=64, positions=32768)
 TRIED = 64  # samples that plans are tried out on
 
@@ -70,7 +71,7 @@ class Options(Protocol):
 
 def plan_tiers(
     program: Program, context: Context, groups: Sequence[Group], problem: Problem,
-    sensitivity: Sensitivity, options: Options,
+    sensitivity: Sensitivity, options: Options, mend: Mend,
 ) -> tuple[Plan, Solution]:  # fmt: skip
     """Solve a problem of removal with implants as a third way, and say what gets which.
 
@@ -81,6 +82,7 @@ def plan_tiers(
         problem: of removal alone.
         sensitivity: of the groups' units.
         options: with a share of each cut that gets implants, or ``auto`` for ranks of layers.
+        mend: what is done to plans that are tried out before they are judged.
 
     Raises:
         InputError: a quantity of the problem has no closed form, such as latency.
@@ -96,7 +98,7 @@ def plan_tiers(
         pairs = zip(groups, scores, orders, strict=True)
         by_unit = {group: own[np.argsort(order)] for group, own, order in pairs}
         ladder = Rounding(options.round_to, options.depthwise_round_to).ladder()
-        return _with_layers(program, context, problem, model, by_unit, ladder)
+        return _with_layers(program, context, problem, model, by_unit, ladder, mend)
     found = prospects(program, groups, context, SAMPLING)
     mixed = tiers(program, problem, model, scores, orders, found, ratio)
     solution = solve(mixed.problem)
@@ -105,15 +107,15 @@ def plan_tiers(
 
 def _with_layers(
     program: Program, context: Context, problem: Problem, model: CostModel,
-    scores: Mapping[Group, Floats], roundings: Sequence[Rounding],
+    scores: Mapping[Group, Floats], roundings: Sequence[Rounding], mend: Mend,
 ) -> tuple[Plan, Solution]:  # fmt: skip
     """Mix removal and layers of low rank, by the exchange rate that moves the output least."""
     sites, _ = sites_of(program, {group: range(len(group.units)) for group in scores})
     moments = measure(program, sites, context, SAMPLING)
     spectra = {site.node.name: spectrum(program, site, moments[site.node.name]) for site in sites}
     layers = ranks_of(sites, spectra, scores, roundings)
-    trials = Trials(program, list(scores), moments, context, TRIED, TRIED // 2)
-    found: list[tuple[float, Plan, Solution]] = []
+    trials = Trials(program, list(scores), moments, context, TRIED, TRIED // 2, mend)
+    found: dict[tuple[int, ...], tuple[float, Plan, Solution]] = {}
     errors = []
     for rate in context.progress.track((None, *RATES), "weighing implants", total=1 + len(RATES)):
         try:
@@ -122,10 +124,11 @@ def _with_layers(
             errors.append(error)
             continue
         plan = _plan(solution, scores, layers if rate else [])
-        found.append((trials.moved(plan), plan, solution))
+        if (numbers := _numbers(solution, len(scores) + len(layers))) not in found:
+            found[numbers] = trials.moved(plan), plan, solution
     if not found:
         raise errors[-1]
-    _, plan, solution = min(found, key=lambda item: item[0])
+    _, plan, solution = min(found.values(), key=lambda item: item[0])
     return plan, solution
 
 
@@ -138,6 +141,12 @@ def _widened(
         return problem
     cheaper = [replace(layer, losses=layer.losses * rate) for layer in layers]
     return with_layers(program, problem, model, cheaper)
+
+
+def _numbers(solution: Solution, count: int) -> tuple[int, ...]:
+    """What tells plans apart: the units that go by group and, by layer, its choice of a rank."""
+    numbers: list[int] = solution.removed.tolist()
+    return tuple(numbers + [0] * (count - len(numbers)))
 
 
 def _plan(solution: Solution, scores: Mapping[Group, Floats], layers: Sequence[Ranks]) -> Plan:

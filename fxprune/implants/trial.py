@@ -1,74 +1,81 @@
-"""Trying plans out: how far removal and whole-layer implants move the output."""
+"""Trying plans out: how far removal and whole-layer implants move the output, once mended."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
-from torch.nn import functional as F
+from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data import Subset
 
 from fxprune.context import Context
-from fxprune.data import Batch, batches
-from fxprune.facts import Plan, Slot
+from fxprune.data import Batch, Data, batches
+from fxprune.facts import REMOVED, Plan, Slot
 from fxprune.graph.program import Program, shape_of
 from fxprune.implants.fits import fit
 from fxprune.implants.kinds import Kind, Site
 from fxprune.implants.moments import Moments
 from fxprune.implants.places import named_sites, output_scale
 from fxprune.implants.surgery import finish, put_implant
+from fxprune.inputs.datasets import Samples
+from fxprune.progress import Tracker
 from fxprune.structure.groups import Group
 from fxprune.structure.removal import remove_units
 from fxprune.training.evaluate import fixed_batch
 from fxprune.training.loop import placed
 
-aten = torch.ops.aten
-LEAST = 64  # values per channel that statistics are taken from, else they stay as they are
+Mend = Callable[[Program, Context], object]
 
 
 class Trials:
-    """Carries plans out on copies of a program and compares what they compute with it.
+    """Carries plans out on copies of a program, mends them, and compares their outputs with its.
 
     Args:
         program: what is planned for; it stays as it is.
         groups: of the program.
         moments: of what its layers read, by node name.
-        context: for its calibration samples.
-        samples: how many of them the outputs are compared on.
-        batch_size: samples per batch.
+        context: for its calibration samples, some of which judge and the others mend.
+        samples: how many judge, at most a third of all.
+        batch_size: samples per batch of these.
+        mend: what brings a copy nearer to the dense program once units are gone.
 
     """
 
     def __init__(
         self, program: Program, groups: Sequence[Group], moments: Mapping[str, Moments],
-        context: Context, samples: int, batch_size: int,
+        context: Context, samples: int, batch_size: int, mend: Mend,
     ) -> None:  # fmt: skip
-        self._program, self._moments = program, moments
+        self._program, self._moments, self._mend = program.copy().eval(), moments, mend
         self._groups = {group.name: group for group in groups}
-        self._device = context.device
-        found, size = context.samples.calibration, fixed_batch(program) or batch_size
-        limit = max(min(samples, len(found)) // size * size, min(size, len(found)))
-        stream = batches(found, size, seed=context.seed + 1, limit=limit, device=context.device)
-        self._batches = list(stream)
-        self._wanted = self._outputs(program.copy().eval())
+        judges, menders = _parted(context, samples, fixed_batch(program))
+        dense = context.dense
+        if dense is None:  # what may be gone already is no loss then
+            dense = self._program.copy()
+            self._program.facts.pop(REMOVED.name, None)
+        self._context = replace(
+            context, data=Data(menders), dense=dense, progress=Tracker(shown=False)
+        )
+        size = fixed_batch(program) or batch_size
+        self._batches = list(batches(judges, size, device=context.device))
+        self._wanted = self._outputs(dense.copy().eval())
 
     def moved(self, plan: Plan) -> float:
-        """Return the mean square by which a plan moves the output.
+        """Return the mean square by which a plan moves the output of the dense program.
 
-        Batch norms use the statistics of each batch, as if they had been recalibrated. Implants
-        are fitted to what the layers read before removal.
+        Implants are fitted to what the layers read before removal.
         """
-        small = self._program.copy().eval()
+        small = self._program.copy()
         chosen = {self._groups[name]: units for name, units in plan.remove.items()}
         remove_units(small, chosen)
         sites, _ = named_sites(small, set(plan.kinds))
         for site in sites:
             self._implant(small, site, Kind.parse(plan.kinds[site.weight]), chosen)
         finish(small)
+        self._mend(small, self._context)
         pairs = list(zip(self._outputs(small), self._wanted, strict=True))
         total = sum(
             float((made.double() - wanted.double()).square().sum()) for made, wanted in pairs
@@ -93,8 +100,20 @@ class Trials:
         put_implant(small, site, list(range(outputs)), implant)
 
     def _outputs(self, program: Program) -> list[Tensor]:
-        with placed(program, self._device), torch.no_grad():
-            return [leaf for batch in self._batches for leaf in _run(program, batch)]
+        with placed(program, self._context.device), torch.no_grad():
+            return [leaf for batch in self._batches for leaf in _floats(program, batch)]
+
+
+def _parted(context: Context, samples: int, fixed: int | None) -> tuple[Samples, Samples]:
+    """Divide the calibration samples, drawn at random, into some that judge and the others."""
+    found = context.samples.calibration
+    least = fixed or 1
+    if len(found) < 2 * least:
+        return found, found
+    size = max(min(samples, len(found) // 3) // least * least, least)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(context.seed))
+    judges, menders = order.split([size, len(found) - size])
+    return Subset(found, judges.tolist()), Subset(found, menders.tolist())  # type: ignore[arg-type]
 
 
 def _gone(slot: Slot, chosen: Mapping[Group, Sequence[int]]) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -107,19 +126,6 @@ def _gone(slot: Slot, chosen: Mapping[Group, Sequence[int]]) -> np.ndarray[Any, 
     return np.concatenate(found)
 
 
-def _run(program: Program, batch: Batch) -> list[Tensor]:
-    leaves = pytree.tree_leaves(_Recalibrated(program.graph_module).run(*batch.inputs))
+def _floats(program: Program, batch: Batch) -> list[Tensor]:
+    leaves = pytree.tree_leaves(program(*batch.inputs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-class _Recalibrated(fx.Interpreter):
-    """Runs batch norms on the statistics of the batch, where it has values enough."""
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is not aten.batch_norm.default:
-            return super().run_node(n)
-        (x, weight, bias, *_), _ = self.fetch_args_kwargs_from_env(n)
-        if x.numel() < LEAST * x.shape[1]:
-            return super().run_node(n)
-        eps: Any = n.args[7]
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
