@@ -105,7 +105,8 @@ class Quantized:
         layers: by the name of a node with weights, the name of its weight.
         others: the names of other nodes.
         paired: codes of weights that are multiplied side by side, where of one sign, add up to
-            128 at most, so that sums of two products fit 16 bits.
+            128 at most, so that sums of two products fit 16 bits; not those of depthwise layers,
+            which have kernels with longer sums.
 
     """
 

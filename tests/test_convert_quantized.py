@@ -9,18 +9,21 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from quantized_nets import Shortcuts, attention, calibrated, converted, shortcuts
-from support import relative_error
+from support import relative_error, trace
 from torch import nn
 
 import fxprune
-from fxprune.data import batches
+from fxprune.context import Context
+from fxprune.data import Data, batches
 from fxprune.graph.text import graph_text
+from fxprune.inputs.datasets import Arrays
 from fxprune.onnx.export import export_onnx
 from fxprune.passes import ConvertQuantized, InsertObservers, TrainQuantized
 from fxprune.pipeline import Pipeline
 from fxprune.planning.cost import cost
 from fxprune.quantization.checks import check_agreement, check_fusion
 from fxprune.quantization.onnx_nodes import inspect_fusion
+from fxprune.training.evaluate import run_onnx
 
 X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 
@@ -47,6 +50,23 @@ def test_weights_and_biases_are_stored_as_codes() -> None:
         rows = weight.movedim(1, -1).flatten(1).double()
         for side in (rows.clamp_min(0), (-rows).clamp_min(0)):
             assert 255 * (side[:, :-1] + side[:, 1:]).max() < 2**15
+
+
+@pytest.mark.parametrize("outputs", [6, 12])
+def test_depthwise_layers_have_the_full_range(outputs: int, tmp_path: Path) -> None:
+    layer = nn.Conv2d(6, outputs, 3, padding=1, groups=6)
+    nn.init.uniform_(layer.weight, 0.98, 1.0)
+    x = 1 - 0.05 * X.abs().repeat(1, 2, 1, 1).clamp(0, 1)  # sums as large as they can be
+    program = trace(nn.Sequential(layer, nn.ReLU()), x[:2])
+    context = Context(Data(Arrays(x)), dense=program.copy())
+    steps = InsertObservers(reduce_range=True), TrainQuantized(observer="minmax")
+    Pipeline((*steps, ConvertQuantized())).run(program, context)
+    alone = outputs == 6  # kernels for these have long sums
+    codes = program.tensor("0.weight").flatten(1).int()
+    assert bool((codes[:, 1:] + codes[:, :-1] > 128).any()) == alone
+    export_onnx(program, tmp_path / "depthwise.onnx")
+    with torch.no_grad():
+        assert relative_error(run_onnx(tmp_path / "depthwise.onnx")((x,)), program(x)) < 1.1 / 255
 
 
 def test_a_bias_that_dwarfs_its_weights_is_kept() -> None:

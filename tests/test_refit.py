@@ -77,7 +77,7 @@ class Parts(nn.Module):
         self.norm = nn.BatchNorm2d(6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(torch.cat([self.one(x), self.two(x)], 1)) + x[:, :1]
+        return self.norm(torch.cat([self.one(x), self.two(x)], 1)) + x[:, :1]  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

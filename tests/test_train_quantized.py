@@ -8,6 +8,7 @@ from quantized_nets import calibrated, observed
 from support import relative_error
 from torch import Tensor, nn
 
+import fxprune.quantization.bias
 from fxprune.context import Context
 from fxprune.data import batches
 from fxprune.errors import InputError
@@ -53,7 +54,11 @@ def test_relu_has_its_zero_at_the_lowest_code_and_a_clamp_its_ceiling() -> None:
     assert state["quantizers.conv2d_1.zero_point"] > 0
 
 
-def test_correcting_biases_leaves_the_means_of_the_dense_program() -> None:
+@pytest.mark.parametrize("memory", [2**28, 2**16])  # in one batch, and in several
+def test_correcting_biases_leaves_the_means_of_the_dense_program(
+    memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fxprune.quantization.bias, "MEMORY", memory)
     plain, context = calibrated(bias_correction=False)
     corrected, _ = calibrated(samples=96)
     x, dense = images(context), context.dense
@@ -61,7 +66,7 @@ def test_correcting_biases_leaves_the_means_of_the_dense_program() -> None:
     with torch.no_grad():
         wanted = dense(x).mean(0)
         before, after = (program(x).mean(0) - wanted for program in (plain, corrected))
-    assert after.abs().max() < 0.05 * before.abs().max() + 1e-5
+    assert after.abs().max() < (0.05 if memory > 2**20 else 0.15) * before.abs().max() + 1e-5
 
 
 @pytest.mark.parametrize("learn", [False, True])

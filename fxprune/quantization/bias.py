@@ -8,7 +8,7 @@ part in as many as there have been batches, so that they settle at the average.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -35,14 +35,17 @@ def correct_biases(program: Program, context: Context, samples: int) -> int:
     }
     program.refresh()  # memory is told by the values of nodes, and fake-quantisers are new
     count = min(samples, len(context.samples.calibration))
-    size = fixed_batch(program) or max(1, min(count, MEMORY // _largest(program)))
+    fixed, most = fixed_batch(program), max(1, MEMORY // _largest(program))
+    size = fixed or -(-count // -(-count // most))  # batches are about equal
+    count -= count % (fixed or 1)
     with placed(program.eval(), context.device), torch.no_grad():
+        before = program.copy(share=True)  # its biases stay as they are
         stream = batches(
-            context.samples.calibration, size, seed=context.seed, limit=count - count % size,
+            context.samples.calibration, size, seed=context.seed, limit=count,
             device=context.device,
         )  # fmt: skip
         for number, batch in enumerate(stream):
-            exact = _Exact(program, biases)
+            exact = _Exact(before, {node.name for node in biases})
             exact.run(*batch.inputs)
             _Correcting(program, biases, exact.means, 1 / (number + 1)).run(*batch.inputs)
     return len(biases)
@@ -84,17 +87,17 @@ def _channel_means(node: fx.Node, value: Tensor) -> Tensor:
 class _Exact(fx.Interpreter):
     """Runs a program without rounding and keeps the means of layers."""
 
-    def __init__(self, program: Program, layers: Mapping[fx.Node, str]) -> None:
+    def __init__(self, program: Program, layers: Collection[str]) -> None:
         super().__init__(program.graph_module)
         self._layers = layers
-        self.means: dict[fx.Node, Tensor] = {}
+        self.means: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if n.target is FAKE_QUANTIZE:
             return self.fetch_args_kwargs_from_env(n)[0][0]
         value = super().run_node(n)
-        if n in self._layers:
-            self.means[n] = _channel_means(n, value)
+        if n.name in self._layers:
+            self.means[n.name] = _channel_means(n, value)
         return value
 
 
@@ -105,7 +108,7 @@ class _Correcting(fx.Interpreter):
         self,
         program: Program,
         layers: Mapping[fx.Node, str],
-        means: Mapping[fx.Node, Tensor],
+        means: Mapping[str, Tensor],
         share: float,
     ) -> None:
         super().__init__(program.graph_module)
@@ -115,7 +118,7 @@ class _Correcting(fx.Interpreter):
         value = super().run_node(n)
         if n not in self._layers:
             return value
-        shift = (self._share * (self._means[n] - _channel_means(n, value))).to(value.dtype)
+        shift = (self._share * (self._means[n.name] - _channel_means(n, value))).to(value.dtype)
         bias = self._program.tensor(self._layers[n])
         set_tensor(self._program, self._layers[n], bias.detach() + shift)
         last = n.target is torch.ops.aten.linear.default

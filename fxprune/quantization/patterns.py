@@ -128,6 +128,14 @@ def is_depthwise(node: fx.Node) -> bool:
     return groups > 1 and shape_of(node.args[1])[1] == 1  # type: ignore[arg-type]
 
 
+def sums_exactly(node: fx.Node) -> bool:
+    """Whether sums of 8-bit products fit, whatever the processor: kernels of their own see to it.
+
+    These are for convolutions with one input and one output in each group.
+    """
+    return is_depthwise(node) and arguments(node)["groups"] == shape_of(node.args[1])[0]  # type: ignore[arg-type]
+
+
 def tail(node: fx.Node) -> fx.Node:
     """Return the clamp that is the only reader of a node, or the node itself."""
     if len(node.users) != 1:

@@ -17,7 +17,7 @@ from fxprune.graph.surgery import insert_call, read_tensor, replace_node, set_te
 from fxprune.latency.host import features
 from fxprune.quantization.observers import Method, Observer, activation_scale, weight_scale
 from fxprune.quantization.ops import FAKE_QUANTIZE, OBSERVE
-from fxprune.quantization.patterns import Placement
+from fxprune.quantization.patterns import Placement, sums_exactly
 from fxprune.training.evaluate import fixed_batch
 from fxprune.training.loop import placed
 
@@ -183,9 +183,8 @@ def _scale(
     """The scale and the zero point of a site."""
     if site.symmetric:
         weight = program.tensor(str(site.value.target))
-        scale = weight_scale(
-            weight, site.high, site.axis, search=search_weights, paired=program.get(OBSERVED).paired
-        )
+        paired = program.get(OBSERVED).paired and not all(map(sums_exactly, site.node.users))
+        scale = weight_scale(weight, site.high, site.axis, search=search_weights, paired=paired)
         return scale.detach(), torch.zeros_like(scale, dtype=torch.int8)
     span = observers[site.key].span(method, site.high - site.low + 1)
     step, zero = activation_scale(*span, (site.low, site.high))
