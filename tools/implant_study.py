@@ -4,10 +4,9 @@
     python -m tools.implant_study --out DIR --table                 # what has been measured
 
 Per network, share of multiply-accumulates that remains, and draw of the calibration data: the
-accuracy as cut, after recalibrating batch norms, and after reconstruction, which a run does by
-default: once with implants put in before it, and once between two reconstructions, where removal
-alone is reconstructed twice as well; and the latency of the folded ONNX model, all ways timed in
-turns. Every figure is a file in the output folder; what is there is not measured again.
+accuracy as cut, after recalibrating batch norms, and after reconstruction by least squares, each
+on held-out images; and the latency of the folded ONNX model, all ways timed in turns. Every figure
+is a file in the output folder; what is there is not measured again.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from fxprune.sensitivity.task import Criterion
 from tools.rank_study import Study
 from tools.study_models import percent, study_options
 
-KEYS = ("cut", "recalibrated", "reconstructed", "twice")
+KEYS = ("cut", "recalibrated", "reconstructed")
 TARGETS = ("70%", "50%", "30%")
 WAYS: dict[str, float | str] = {"removal": 0.0, "ratio 0.3": 0.3, "auto": "auto"}
 CRITERION: Criterion = "output-shift"
@@ -63,13 +62,6 @@ def implant(study: Study, program: Program, seed: int) -> list[str]:
     return [told["kind"] for told in (done.details or {}).get("implants", [])]
 
 
-def mend(study: Study, program: Program, seed: int) -> Program:
-    """Recalibrate norms and reconstruct, as a run does by default."""
-    RecalibrateNorms(samples=512)(program, study.context(seed))
-    Reconstruct(samples=study.network.samples * 2, batch_size=32)(program, study.context(seed))
-    return program
-
-
 @functools.cache
 def scores(study: Study, seed: int) -> Sensitivity:
     """Score all units for one draw of the calibration images."""
@@ -81,15 +73,13 @@ def scores(study: Study, seed: int) -> Sensitivity:
 
 def accuracy(study: Study, target: str, way: str, seed: int) -> dict[str, Any]:
     """Measure the accuracy as cut, recalibrated and reconstructed."""
-    program = cut(study, target, WAYS[way], seed)
-    mended = program.copy()
+    program, context = cut(study, target, WAYS[way], seed), study.context(seed)
     found: dict[str, Any] = {"kinds": implant(study, program, seed)}
     found["cut"] = study.correct(program)
-    RecalibrateNorms(samples=512)(program, study.context(seed))
+    RecalibrateNorms(samples=512)(program, context)
     found["recalibrated"] = study.correct(program)
-    found["reconstructed"] = study.correct(mend(study, program, seed))
-    implant(study, mend(study, mended, seed), seed)
-    found["twice"] = study.correct(mend(study, mended, seed))
+    Reconstruct(samples=study.network.samples * 2)(program, context)
+    found["reconstructed"] = study.correct(program)
     return found | {"macs": cost(program).macs / cost(study.program).macs}
 
 
@@ -133,8 +123,8 @@ def table(out: Path) -> Iterator[str]:
         dense = folder / "dense.json"
         shown = f"{100 * json.loads(dense.read_text()):.1f} %" if dense.exists() else "-"
         yield f"\n{folder.name}: dense {shown}\n"
-        yield "| MACs left | way | as cut | recalibrated | reconstructed | between two | ms |"
-        yield "|---|---|---|---|---|---|---|"
+        yield "| MACs left | way | as cut | recalibrated | reconstructed | ms |"
+        yield "|---|---|---|---|---|---|"
         for target in TARGETS:
             times = folder / f"latency-{target}.json"
             found = json.loads(times.read_text())["latency"] if times.exists() else {}
