@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ from support import relative_error, trace
 from torch import nn
 
 import fxprune
+import fxprune.quantization.checks
 from fxprune.context import Context
 from fxprune.data import Data, batches
 from fxprune.graph.text import graph_text
@@ -23,7 +25,7 @@ from fxprune.pipeline import Pipeline
 from fxprune.planning.cost import cost
 from fxprune.quantization.checks import check_agreement, check_fusion
 from fxprune.quantization.onnx_nodes import inspect_fusion
-from fxprune.training.evaluate import run_onnx
+from fxprune.training.evaluate import run_onnx, run_program
 
 X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 
@@ -137,6 +139,28 @@ def test_onnx_runtime_fuses_everything_and_agrees(tmp_path: Path) -> None:
     (found,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
     with torch.no_grad():
         assert relative_error(torch.from_numpy(found), program(X)) < 0.05
+
+
+def test_predictions_may_differ_as_much_as_they_do_in_one_runtime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, context = converted()
+    path = tmp_path / "model.onnx"
+    export_onnx(program, path)
+    other = program.copy()
+    with torch.no_grad():
+        other.tensor("head.bias")[1] += 2**20
+    check = check_agreement(other, path, context.samples)
+    assert not check.passed
+    assert check.limit == pytest.approx(1.5 / 96)
+    assert check.note is not None
+    assert check.note.endswith("; 0.0% differ in ONNX Runtime with and without fused operators")
+
+    def run(path: Path, *, fused: bool = True) -> Any:
+        return run_onnx(path) if fused else run_program(other)
+
+    monkeypatch.setattr(fxprune.quantization.checks, "run_onnx", run)
+    assert check_agreement(other, path, context.samples).passed
 
 
 def test_onnx_runtime_does_not_round_what_stays_in_floating_point(tmp_path: Path) -> None:

@@ -142,13 +142,22 @@ def fixed_batch(program: Program) -> int | None:
     return int(tensors[0].shape[0])
 
 
-def run_onnx(path: Path, *, threads: int | None = None) -> Run:
-    """Run an ONNX file in ONNX Runtime on the CPU; ``threads=None`` leaves the number to it."""
+def run_onnx(path: Path, *, threads: int | None = None, fused: bool = True) -> Run:
+    """Run an ONNX file in ONNX Runtime on the CPU.
+
+    Args:
+        path: the file.
+        threads: of ONNX Runtime; None leaves the number to it.
+        fused: let it optimise the graph; without that, every node of the file runs as it stands.
+
+    """
     import onnxruntime as ort  # slow to import, and only this needs it
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
+    if not fused:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [slot.name for slot in session.get_inputs()]
     outputs = [slot.name for slot in session.get_outputs()]
