@@ -64,12 +64,23 @@ def test_operations_ahead_are_counted_without_data_movement() -> None:
     usable = comparable(program, program.copy())
     region = cut(found["second.weight"], 4, usable)
     assert region is not None
-    outputs = ["conv2d_1", "batch_norm_1", "add", "relu_1", "mean"]
+    outputs = ["batch_norm_1", "add", "relu_1", "mean"]
     assert names(region.outputs) == outputs
     region = cut(found["second.weight"], 5, usable)
     assert region is not None
     assert names(region.outputs) == [*outputs, "linear"]
     assert "flatten" in names(region.nodes)
+
+
+def test_values_before_norms_are_looked_at_behind_them() -> None:
+    program, found = block()
+    usable = comparable(program, program.copy())
+    region = cut(found["first.weight"], 3, usable)
+    assert region is not None
+    assert names(region.outputs) == ["batch_norm", "relu", "batch_norm_1"]
+    region = cut(found["first.weight"], 3, usable, raw=True)
+    assert region is not None
+    assert names(region.outputs) == ["conv2d", "batch_norm", "relu", "conv2d_1"]
 
 
 def test_a_region_runs_from_the_values_before_its_layer() -> None:

@@ -160,7 +160,9 @@ def along_channels(call: fx.Node, values: Tensor) -> Tensor:
     return values.view(-1, *[1] * (-channel_axis(call) - 1))
 
 
-def cut(layer: Layer, lookahead: int, usable: frozenset[fx.Node]) -> Region | None:
+def cut(
+    layer: Layer, lookahead: int, usable: frozenset[fx.Node], *, raw: bool = False
+) -> Region | None:
     """Cut the region that goes some operations beyond a layer's last call.
 
     Args:
@@ -168,6 +170,9 @@ def cut(layer: Layer, lookahead: int, usable: frozenset[fx.Node]) -> Region | No
         lookahead: how many operations it goes on, data movement aside; with none, to the end of
             the affine tail of every call.
         usable: values that can be compared with the dense program's.
+        raw: look at values before batch norms too. Their channels may differ by orders of
+            magnitude, which the norm makes alike, so that few of them would count; without this,
+            the norm's own value is looked at instead.
 
     Returns:
         The region, or None if it has no value that can be compared.
@@ -175,6 +180,7 @@ def cut(layer: Layer, lookahead: int, usable: frozenset[fx.Node]) -> Region | No
     """
     if lookahead:
         outputs = _following(layer, lookahead)
+        outputs = outputs if raw else [_normed(node) for node in outputs]
     else:
         tails = [[node for node in affine_tail(call) if node in usable] for call in layer.calls]
         outputs = [tail[-1] for tail in tails if tail]
@@ -201,6 +207,13 @@ def _following(layer: Layer, lookahead: int) -> list[fx.Node]:
         if beyond >= lookahead:
             break
     return [node for node in (layer.node, *_onwards(layer.node)) if node in found]
+
+
+def _normed(node: fx.Node) -> fx.Node:
+    """The batch norm behind a node that nothing else reads, or the node itself."""
+    user = next(iter(node.users), None)
+    alone = len(node.users) == 1 and user is not None and packet_of(user) is aten.batch_norm
+    return user if user is not None and alone else node
 
 
 def _onwards(node: fx.Node) -> Iterator[fx.Node]:

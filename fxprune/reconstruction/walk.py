@@ -88,7 +88,7 @@ class Reconstruction:
         self._small = Walk(program, store, "program", device)
         self._large = Walk(dense, store, "dense", device)
         self._order = {node: number for number, node in enumerate(dense.graph.nodes)}
-        self._problems, self.declined = _plan(program, dense, settings.lookahead, chosen)
+        self._problems, self.declined = _plan(program, dense, settings, chosen)
         self._samples = 0
 
     def __len__(self) -> int:
@@ -157,9 +157,10 @@ class Reconstruction:
 
 
 def _plan(
-    program: Program, dense: Program, lookahead: int, chosen: Callable[[str], bool] | None
+    program: Program, dense: Program, settings: Settings, chosen: Callable[[str], bool] | None
 ) -> tuple[tuple[_Problem, ...], tuple[Declined, ...]]:
-    usable = comparable(program, dense)
+    usable, lookahead = comparable(program, dense), settings.lookahead
+    raw = settings.solver == "paper"
     named = {node.name: node for node in dense.graph.nodes}
     problems, declined = [], []
     for layer in layers(program):
@@ -171,7 +172,7 @@ def _plan(
             declined.append(Declined(layer.node.name, reason))
         elif not (layer.fits or lookahead):
             declined.append(Declined(layer.node.name, "transposed convolutions are not re-fitted"))
-        elif (region := cut(layer, lookahead, usable)) is None:
+        elif (region := cut(layer, lookahead, usable, raw=raw)) is None:
             reason = "the dense program has no value that its own could be compared with"
             declined.append(Declined(layer.node.name, reason))
         else:
