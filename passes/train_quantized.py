@@ -115,11 +115,12 @@ class TrainQuantized(Pass):
         observers = walk(program, context, found, self.observer, self.samples, self.batch_size)
         count = settle(program, found, observers, self.observer, search_weights=self.search_weights)
         details: dict[str, Any] = {}
+        exact = program.copy(share=True)  # keeps the tensors that are replaced from here on
         if self.rounding == "adaptive":
             size = self.samples, self.batch_size
             details |= told(round_weights(program, context, *size, means=self.bias_correction))
         if self.bias_correction:
-            details["corrected"] = correct_biases(program, context, self.samples)
+            details["corrected"] = correct_biases(program, exact, context, self.samples)
         return count, details
 
     def _recover(self, program: Program, context: Context) -> dict[str, Any]:

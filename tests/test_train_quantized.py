@@ -55,18 +55,19 @@ def test_relu_has_its_zero_at_the_lowest_code_and_a_clamp_its_ceiling() -> None:
 
 
 @pytest.mark.parametrize("memory", [2**28, 2**16])  # in one batch, and in several
+@pytest.mark.parametrize("rounding", ["nearest", "adaptive"])
 def test_correcting_biases_leaves_the_means_of_the_dense_program(
-    memory: int, monkeypatch: pytest.MonkeyPatch
+    rounding: str, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fxprune.quantization.bias, "MEMORY", memory)
     plain, context = calibrated(bias_correction=False)
-    corrected, _ = calibrated(samples=96)
+    corrected, _ = calibrated(samples=96, rounding=rounding)
     x, dense = images(context), context.dense
     assert dense is not None
     with torch.no_grad():
         wanted = dense(x).mean(0)
         before, after = (program(x).mean(0) - wanted for program in (plain, corrected))
-    assert after.abs().max() < (0.05 if memory > 2**20 else 0.15) * before.abs().max() + 1e-5
+    assert after.abs().max() < (0.05 if memory > 2**20 else 0.25) * before.abs().max() + 1e-5
 
 
 @pytest.mark.parametrize("learn", [False, True])

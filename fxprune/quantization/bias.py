@@ -28,8 +28,16 @@ from fxprune.training.loop import placed
 MEMORY = 2**28  # bytes that a batch's largest value may fill
 
 
-def correct_biases(program: Program, context: Context, samples: int) -> int:
-    """Correct the bias of every fake-quantised layer that has one; returns how many."""
+def correct_biases(program: Program, exact: Program, context: Context, samples: int) -> int:
+    """Correct the bias of every fake-quantised layer that has one; returns how many.
+
+    Args:
+        program: with fake-quantisers.
+        exact: the same with the weights and biases that means are to be those of.
+        context: for calibration samples.
+        samples: how many of them at most.
+
+    """
     biases = {
         node: bias for node in program.graph.nodes if (bias := _own_bias(program, node)) is not None
     }
@@ -38,16 +46,19 @@ def correct_biases(program: Program, context: Context, samples: int) -> int:
     fixed, most = fixed_batch(program), max(1, MEMORY // _largest(program))
     size = fixed or -(-count // -(-count // most))  # batches are about equal
     count -= count % (fixed or 1)
-    with placed(program.eval(), context.device), torch.no_grad():
-        before = program.copy(share=True)  # its biases stay as they are
+    with (
+        placed(program.eval(), context.device),
+        placed(exact.eval(), context.device),
+        torch.no_grad(),
+    ):
         stream = batches(
             context.samples.calibration, size, seed=context.seed, limit=count,
             device=context.device,
         )  # fmt: skip
         for number, batch in enumerate(stream):
-            exact = _Exact(before, {node.name for node in biases})
-            exact.run(*batch.inputs)
-            _Correcting(program, biases, exact.means, 1 / (number + 1)).run(*batch.inputs)
+            unrounded = _Exact(exact, {node.name for node in biases})
+            unrounded.run(*batch.inputs)
+            _Correcting(program, biases, unrounded.means, 1 / (number + 1)).run(*batch.inputs)
     return len(biases)
 
 
