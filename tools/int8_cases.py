@@ -11,9 +11,16 @@ from torch.utils.data import Subset
 
 from fxprune.graph.program import Program
 from fxprune.inputs.datasets import Arrays, Samples
-from tools.study_models import CIFAR, HALF, IMAGENET, NETWORKS, Statistics, load_data, load_program
-
-VIT = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+from tools.study_models import (
+    CIFAR,
+    HALF,
+    IMAGENET,
+    NETWORKS,
+    VIT,
+    Statistics,
+    load_data,
+    load_program,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ CASES = {
         NETWORKS["mobilenet_v2"].arch, None, "mobilenet_v2_imagenet.pt",
         "imagenet_sample1000_224.npz", None, HALF,
     ),
-    "vit": Case("arch/build_timm.py:vit_cifar10_timm", None, "vit_cifar10_timm.pt", *CIFAR, VIT),
+    "vit": Case(NETWORKS["vit"].arch, None, "vit_cifar10_timm.pt", *CIFAR, VIT),
     "llama": Case(
         "arch/models_lm.py:TinyLlama", (512, 64, 172, 4, 4, 4), "dreams231k_llama.pt",
         "dreams231k_samples.npz", None,

@@ -30,7 +30,6 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from fxprune.allocator import keep_freed_memory
-from fxprune.compat import enable_torchvision
 from fxprune.context import Context
 from fxprune.data import batches
 from fxprune.graph.program import Program
@@ -195,7 +194,6 @@ def main() -> None:
     parser.add_argument("--macs", help="prune to this first")
     parser.add_argument("--seconds", type=float, default=5)
     options = parser.parse_args()
-    enable_torchvision()  # timm needs it, whoever imports it
     columns = [
         "network",
         "variant",

@@ -34,7 +34,6 @@ from fxprune.planning.cost import activation_bytes
 from fxprune.sensitivity.gates import GatedProgram
 from fxprune.sensitivity.task import Criterion
 from tools.study_models import (
-    HALF,
     NETWORKS,
     Network,
     load_data,
@@ -74,12 +73,18 @@ class Study:
     def load(cls, name: str, folder: Path, out: Path) -> Study:
         """Read weights and images."""
         network = NETWORKS[name]
-        images = load_data(folder / network.images, *(() if network.held_out else (HALF,)))
+        images = load_data(folder / network.images, network.statistics)
         place = str(folder / network.arch) if ".py:" in network.arch else network.arch
         program = load_program(place, network.argument, folder / network.weights, images)
         (out / name).mkdir(parents=True, exist_ok=True)
         if network.held_out:
-            return cls(network, program, images, load_data(folder / network.held_out), out / name)
+            return cls(
+                network,
+                program,
+                images,
+                load_data(folder / network.held_out, network.statistics),
+                out / name,
+            )
         held_out, rest = hold_out(images, 0, 0.5)
         return cls(network, program, rest, held_out, out / name)
 

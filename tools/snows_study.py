@@ -53,12 +53,13 @@ PROTECT = {
     "resnet20": ("conv1", "linear"),
     "resnet56": ("conv1", "linear"),
     "mobilenet_v2": ("features.0.0", "classifier.1"),
+    "vit": ("patch_embed.proj", "head"),
 }
 LADDER = ("cut", "recalibrated", "least squares", "look ahead", "paper", "paper, recalibrated")
 TIMED = ("least squares", "look ahead", "paper")
 # What is known of the paper's settings: exact curvature, the look ahead, and the most steps of
 # conjugate gradients. Damping and tolerance are those of the pass, one step per batch its length.
-AHEAD = {"resnet20": 20, "resnet56": 30, "mobilenet_v2": 30}
+AHEAD = {"resnet20": 20, "resnet56": 30, "mobilenet_v2": 30, "vit": 30}
 PAPER = Reconstruct(solver="paper", curvature="newton", steps=8, cg_steps=500, held_out=0.0)
 
 

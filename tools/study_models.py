@@ -17,11 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fxprune import trace
+from fxprune.compat import enable_torchvision
 from fxprune.graph.program import Program
 from fxprune.inputs.datasets import Arrays
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+VIT = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -41,6 +43,7 @@ class Network:
         evaluated: images for the accuracy after removal.
         probes: at most, for traces.
         targets: shares of multiply-accumulates that remain.
+        statistics: means and deviations that images are normalised by.
 
     """
 
@@ -55,6 +58,7 @@ class Network:
     evaluated: int
     probes: int
     targets: tuple[str, ...]
+    statistics: Statistics = IMAGENET
 
 
 CIFAR = ("cifar10_train_10k.npz", "cifar10_test.npz")
@@ -69,7 +73,11 @@ NETWORKS = {
     ),
     "mobilenet_v2": Network(
         "torchvision.models:mobilenet_v2", None, "mobilenet_v2_imagenet.pt",
-        "imagenet_sample1000_224.npz", None, 32, 40, 100, 250, 16, ("85%",),
+        "imagenet_sample1000_224.npz", None, 32, 40, 100, 250, 16, ("85%",), HALF,
+    ),
+    "vit": Network(
+        "arch/build_timm.py:vit_cifar10_timm", None, "vit_cifar10_timm.pt", *CIFAR,
+        256, 100, 200, 1000, 300, ("70%",), VIT,
     ),
 }  # fmt: skip
 
@@ -134,11 +142,8 @@ def load_program(
 
 
 def _module(place: str) -> Any:
+    enable_torchvision()  # timm needs it, whoever imports it
     if not place.endswith(".py"):
-        if place.startswith(("torchvision", "timm")):
-            from fxprune.compat import enable_torchvision
-
-            enable_torchvision()
         return importlib.import_module(place)
     spec = importlib.util.spec_from_file_location(Path(place).stem, place)
     assert spec is not None
