@@ -32,7 +32,7 @@ from fxprune.structure.groups import Group
 # mended after removal is more than what can be mended after implants.
 RATES = (10.0, 3.0, 1.0, 0.3)
 SAMPLING = Sampling(samples=256, batch_size=64, positions=32768)
-TRIED = 256  # samples that plans are tried out on
+TRIED, TRIED_AT_ONCE = 256, 32  # samples that judge plans, and how many of them make a batch
 
 
 def implant_share(value: float | str) -> float | None:
@@ -114,7 +114,7 @@ def _with_layers(
     moments = measure(program, sites, context, SAMPLING)
     spectra = {site.node.name: spectrum(program, site, moments[site.node.name]) for site in sites}
     layers = ranks_of(sites, spectra, scores, roundings)
-    trials = Trials(program, list(scores), moments, context, TRIED, 32, mend)
+    trials = Trials(program, list(scores), moments, context, TRIED, TRIED_AT_ONCE, mend)
     found: dict[tuple[int, ...], tuple[float, Plan, Solution]] = {}
     errors = []
     for rate in context.progress.track((None, *RATES), "weighing implants", total=1 + len(RATES)):
