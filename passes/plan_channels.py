@@ -32,19 +32,19 @@ from fxprune.latency.bench import Bench
 from fxprune.latency.plan import bench_for, solve_and_try
 from fxprune.passes.recalibrate_norms import RecalibrateNorms
 from fxprune.passes.reconstruct import Reconstruct
-from fxprune.pipeline import Facts, Outcome, Pass, Skip
+from fxprune.pipeline import Facts, Outcome, Pass
 from fxprune.planning.budget import Name, Target
 from fxprune.planning.cost import cost, cost_model
 from fxprune.planning.cuts import Problem
 from fxprune.planning.ledger import Costs, Ledger, Ledgers
 from fxprune.planning.ranking import Normalize, cheapest_first, losses
-from fxprune.planning.selection import selected_by_any, shares
+from fxprune.planning.selection import candidates, shares
 from fxprune.planning.widths import DEPTHWISE_FLOOR, Rounding, widths
 from fxprune.structure.groups import Group, find_groups
 from fxprune.structure.merging import Ints
 from fxprune.structure.removal import remove_units
 
-MENDED = 256  # samples that plans with implants are mended on before they are judged
+MEND = RecalibrateNorms(samples=256), Reconstruct(samples=256)  # before plans are judged
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class PlanChannels(Pass):
         corrections: how often a plan whose measured latency misses its budget is made anew; at
             zero plans are not measured.
         implant_ratio: the share of each group's cut that gets implants instead; ``auto`` mixes
-            removal with layers of low rank as moves the output least on calibration samples, once
-            plans are carried out and the weights re-fitted.
+            removal with layers of low rank as moves the re-fitted model's output least.
         path: how far to go from the dense model to the budget, geometrically; below one in the
             early steps of a schedule.
 
@@ -117,7 +116,8 @@ class PlanChannels(Pass):
         if not self.targets:
             raise InputError("plan-channels has no budget; give it macs=50%, or another")
         sensitivity = program.get(SENSITIVITY)
-        groups, skips = self._candidates(find_groups(program, sensitivity.attention), sensitivity)
+        every = find_groups(program, sensitivity.attention)
+        groups, skips = candidates(every, sensitivity, self.protect)
         if not groups:
             why = "; ".join(sorted({skip.reason for skip in skips})[:3]) or "there are no groups"
             raise BudgetError(f"nothing may be removed, so no budget can be met: {why}")
@@ -136,14 +136,11 @@ class PlanChannels(Pass):
         with bench_for(self.targets, program, context) as bench:
             problem = self._problem(program, context, groups, sensitivity, bench)
             if self.implant_ratio:
-                plan, found = plan_tiers(
-                    program, context, groups, problem, sensitivity, self, _mend
-                )
+                plan, found = plan_tiers(program, context, groups, problem, sensitivity, self, MEND)
             else:
                 found, timed = solve_and_try(problem, bench, cut, self.corrections)
                 plan = Plan({g.name: tuple(units) for g, units in doomed(found.removed).items()})
-        quantities: tuple[str, ...] = problem.costs.quantities
-        predicted = dict(zip(quantities, found.values.tolist(), strict=True))
+        predicted = dict(zip(problem.costs.quantities, found.values.tolist(), strict=True))
         plan = replace(plan, notes=found.notes, predicted=predicted)
         program.put(PLAN, replace(plan, attention=sensitivity.attention))
         details = {
@@ -156,22 +153,6 @@ class PlanChannels(Pass):
             "latency": timed,
         }
         return Outcome(0, skips, details)
-
-    def _candidates(
-        self, groups: tuple[Group, ...], sensitivity: Sensitivity
-    ) -> tuple[list[Group], tuple[Skip, ...]]:
-        protected = selected_by_any(self.protect, groups)
-        chosen, skips = [], []
-        for group in groups:
-            if group.frozen_because is not None:
-                skips.append(Skip(group.name, group.frozen_because))
-            elif group.name in protected:
-                skips.append(Skip(group.name, "protected by the user"))
-            elif group.name not in sensitivity.scores:
-                skips.append(Skip(group.name, f"no {sensitivity.criterion} score"))
-            elif len(group.units) > 1:
-                chosen.append(group)
-        return chosen, tuple(skips)
 
     def _problem(
         self, program: Program, context: Context, groups: list[Group],
@@ -204,9 +185,3 @@ class PlanChannels(Pass):
             tuple(group.name for group in groups), Ledgers(tuple(costs)), np.array(limits), spent,
             tuple(levels), tuple(str(rounding.dense) for rounding in roundings), self.tolerance,
         )  # fmt: skip
-
-
-def _mend(program: Program, context: Context) -> None:
-    """Do what follows removal in most pipelines, on few samples."""
-    RecalibrateNorms(samples=MENDED)(program, context)
-    Reconstruct(samples=MENDED)(program, context)

@@ -108,9 +108,7 @@ def test_parameters_and_bytes_are_predicted_too() -> None:
         )  # fmt: skip
 
 
-def mended(program: Program, context: Context) -> None:
-    RecalibrateNorms()(program, context)
-    Reconstruct()(program, context)
+MEND = RecalibrateNorms(), Reconstruct()
 
 
 @torch.no_grad()
@@ -124,14 +122,15 @@ def test_plans_are_judged_once_mended() -> None:
     groups = find_groups(program)
     sites, _ = sites_of(program, {group: range(len(group.units)) for group in groups})
     moments = measure(program, sites, CONTEXT, ALL)
-    trials = Trials(program, groups, moments, CONTEXT, 6, 3, mended)
+    trials = Trials(program, groups, moments, CONTEXT, 6, 3, MEND)
     assert trials.moved(mixed) < trials.moved(alone)
 
     chosen = torch.randperm(24, generator=torch.Generator().manual_seed(CONTEXT.seed))
     judges, others = X[chosen[:6]], X[chosen[6:]]
     RemoveChannels()(small, CONTEXT)
     cut = (small(judges) - program(judges)).square().mean()
-    mended(small, Context(Data(Arrays(others)), dense=program))
+    for step in MEND:
+        step(small, Context(Data(Arrays(others)), dense=program))
     once_mended = (small(judges) - program(judges)).square().mean()
     assert trials.moved(alone) == pytest.approx(float(once_mended), rel=1e-4)
     assert once_mended < 0.8 * cut

@@ -28,7 +28,7 @@ from fxprune.structure.removal import remove_units
 from fxprune.training.evaluate import fixed_batch
 from fxprune.training.loop import placed
 
-Mend = Callable[[Program, Context], object]
+Mend = Sequence[Callable[[Program, Context], object]]
 
 
 class Trials:
@@ -41,7 +41,7 @@ class Trials:
         context: for its calibration samples, some of which judge and the others mend.
         samples: how many judge, at most a third of all.
         batch_size: samples per batch of these.
-        mend: what brings a copy nearer to the dense program once units are gone.
+        mend: what brings a copy nearer to the dense program once units are gone, in order.
 
     """
 
@@ -75,7 +75,8 @@ class Trials:
         for site in sites:
             self._implant(small, site, Kind.parse(plan.kinds[site.weight]), chosen)
         finish(small)
-        self._mend(small, self._context)
+        for step in self._mend:
+            step(small, self._context)
         pairs = list(zip(self._outputs(small), self._wanted, strict=True))
         total = sum(
             float((made.double() - wanted.double()).square().sum()) for made, wanted in pairs

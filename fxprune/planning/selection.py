@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from fxprune.errors import InputError
+from fxprune.facts import Sensitivity
+from fxprune.pipeline import Skip
 from fxprune.structure.groups import Group
 
 
@@ -52,3 +54,28 @@ def _nearest(pattern: str, groups: Sequence[Group]) -> str:
     if near:
         return f"; did you mean {' or '.join(near)}?"
     return f"; there are {', '.join(names[:3])}, ..." if names else "; the program has no groups"
+
+
+def candidates(
+    groups: Sequence[Group], sensitivity: Sensitivity, protect: Sequence[str]
+) -> tuple[list[Group], tuple[Skip, ...]]:
+    """Return the groups that may lose units, and why the others may not.
+
+    Args:
+        groups: all of a program.
+        sensitivity: of their units.
+        protect: name patterns of tensors, modules or groups that keep their shapes.
+
+    """
+    protected = selected_by_any(protect, groups)
+    chosen, skips = [], []
+    for group in groups:
+        if group.frozen_because is not None:
+            skips.append(Skip(group.name, group.frozen_because))
+        elif group.name in protected:
+            skips.append(Skip(group.name, "protected by the user"))
+        elif group.name not in sensitivity.scores:
+            skips.append(Skip(group.name, f"no {sensitivity.criterion} score"))
+        elif len(group.units) > 1:
+            chosen.append(group)
+    return chosen, tuple(skips)
