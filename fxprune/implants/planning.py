@@ -115,7 +115,7 @@ def _with_layers(
     spectra = {site.node.name: spectrum(program, site, moments[site.node.name]) for site in sites}
     layers = ranks_of(sites, spectra, scores, roundings)
     trials = Trials(program, list(scores), moments, context, TRIED, TRIED_AT_ONCE, mend)
-    found: dict[tuple[int, ...], tuple[float, Plan, Solution]] = {}
+    found: list[tuple[float, Plan, Solution]] = []
     errors = []
     for rate in context.progress.track((None, *RATES), "weighing implants", total=1 + len(RATES)):
         try:
@@ -124,11 +124,11 @@ def _with_layers(
             errors.append(error)
             continue
         plan = _plan(solution, scores, layers if rate else [])
-        if (numbers := _numbers(solution, len(scores) + len(layers))) not in found:
-            found[numbers] = trials.moved(plan), plan, solution
+        if plan not in [tried for _, tried, _ in found]:
+            found.append((trials.moved(plan), plan, solution))
     if not found:
         raise errors[-1]
-    _, plan, solution = min(found.values(), key=lambda item: item[0])
+    _, plan, solution = min(found, key=lambda item: item[0])
     return plan, solution
 
 
@@ -141,12 +141,6 @@ def _widened(
         return problem
     cheaper = [replace(layer, losses=layer.losses * rate) for layer in layers]
     return with_layers(program, problem, model, cheaper)
-
-
-def _numbers(solution: Solution, count: int) -> tuple[int, ...]:
-    """What tells plans apart: the units that go by group and, by layer, its choice of a rank."""
-    numbers: list[int] = solution.removed.tolist()
-    return tuple(numbers + [0] * (count - len(numbers)))
 
 
 def _plan(solution: Solution, scores: Mapping[Group, Floats], layers: Sequence[Ranks]) -> Plan:

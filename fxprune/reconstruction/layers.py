@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxprune.graph.calls import argument, packet_of, paddings, spread
+from fxprune.graph.calls import CONVOLUTIONS, argument, packet_of, paddings, spread
 from fxprune.graph.program import Program
 
 aten = torch.ops.aten
-CONVOLUTIONS = frozenset({aten.conv1d, aten.conv2d, aten.conv3d})
 BLOCK = 2**23  # elements of a block of features
 TRANSPOSED = frozenset({aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d})
-LAYERS = CONVOLUTIONS | TRANSPOSED | {aten.linear}
+LAYERS = frozenset({*CONVOLUTIONS, aten.linear})
 
 
 @dataclass(frozen=True)

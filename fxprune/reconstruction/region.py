@@ -211,9 +211,10 @@ def _following(layer: Layer, lookahead: int) -> list[fx.Node]:
 
 def _normed(node: fx.Node) -> fx.Node:
     """The batch norm behind a node that nothing else reads, or the node itself."""
-    user = next(iter(node.users), None)
-    alone = len(node.users) == 1 and user is not None and packet_of(user) is aten.batch_norm
-    return user if user is not None and alone else node
+    match list(node.users):
+        case [user] if packet_of(user) is aten.batch_norm and user.args[0] is node:
+            return user
+    return node
 
 
 def _onwards(node: fx.Node) -> Iterator[fx.Node]:
