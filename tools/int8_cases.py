@@ -11,16 +11,7 @@ from torch.utils.data import Subset
 
 from fxprune.graph.program import Program
 from fxprune.inputs.datasets import Arrays, Samples
-from tools.study_models import (
-    CIFAR,
-    HALF,
-    IMAGENET,
-    NETWORKS,
-    VIT,
-    Statistics,
-    load_data,
-    load_program,
-)
+from tools.study_models import IMAGENET, NETWORKS, Statistics, load_data, load_program
 
 
 @dataclass(frozen=True)
@@ -38,14 +29,15 @@ class Case:
     statistics: Statistics = IMAGENET
 
 
+def _studied(name: str) -> Case:
+    """A network that other studies have too."""
+    found = NETWORKS[name]
+    images = found.weights, found.images, found.held_out, found.statistics
+    return Case(found.arch, found.argument, *images)
+
+
 CASES = {
-    "resnet20": Case("arch/models_cifar.py:resnet", 20, "resnet20_cifar10.pt", *CIFAR),
-    "resnet56": Case("arch/models_cifar.py:resnet", 56, "resnet56_cifar10.pt", *CIFAR),
-    "mobilenet_v2": Case(
-        NETWORKS["mobilenet_v2"].arch, None, "mobilenet_v2_imagenet.pt",
-        "imagenet_sample1000_224.npz", None, HALF,
-    ),
-    "vit": Case(NETWORKS["vit"].arch, None, "vit_cifar10_timm.pt", *CIFAR, VIT),
+    **{name: _studied(name) for name in ("resnet20", "resnet56", "mobilenet_v2", "vit")},
     "llama": Case(
         "arch/models_lm.py:TinyLlama", (512, 64, 172, 4, 4, 4), "dreams231k_llama.pt",
         "dreams231k_samples.npz", None,

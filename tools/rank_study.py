@@ -78,13 +78,8 @@ class Study:
         program = load_program(place, network.argument, folder / network.weights, images)
         (out / name).mkdir(parents=True, exist_ok=True)
         if network.held_out:
-            return cls(
-                network,
-                program,
-                images,
-                load_data(folder / network.held_out, network.statistics),
-                out / name,
-            )
+            unseen = load_data(folder / network.held_out, network.statistics)
+            return cls(network, program, images, unseen, out / name)
         held_out, rest = hold_out(images, 0, 0.5)
         return cls(network, program, rest, held_out, out / name)
 
