@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 import fxprune.reconstruction.leastsquares
-from fxprune.reconstruction.leastsquares import Moments, solve
+from fxprune.errors import FxpruneError
+from fxprune.reconstruction.leastsquares import Moments, factorise, solve
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -108,3 +109,31 @@ def test_large_masked_systems_are_solved_stepwise(
     assert not found[1][0][~keep].any()
     for exact, near in zip(*found, strict=True):
         torch.testing.assert_close(near, exact, rtol=0, atol=1e-2 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("mean", [0.0, 300.0])
+def test_single_precision_tells_small_variation_about_a_large_mean(mean: float) -> None:
+    x, _ = problem(features=6, n=5000)
+    x = 0.01 * x + mean
+    weight = torch.randn(2, 3, 6, generator=GENERATOR, dtype=torch.float64)
+    x = x.float().double()  # what both are told
+    r = weight @ x
+    change, _ = solve(moments(x.float(), r.float()), 0.0, bias=True)
+    torch.testing.assert_close(change, weight, rtol=0, atol=2e-2)
+
+
+def test_singular_systems_are_damped_until_they_can_be_solved() -> None:
+    x, r = problem(features=4)
+    gram = x @ x.mT
+    gram[1] = gram[1, :1].T @ gram[1, :1] - 1e-9 * torch.eye(4)  # rank one, and rounded downwards
+    factors = factorise(gram)
+    torch.testing.assert_close(factors @ factors.mT, gram, rtol=1e-6, atol=1e-6)
+    assert torch.equal(factors[0], torch.linalg.cholesky(gram[0]))
+
+
+@pytest.mark.parametrize(("value", "what"), [(float("inf"), "finite"), (1e9, "definite")])
+def test_systems_that_no_damping_mends_are_an_error(value: float, what: str) -> None:
+    gram = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    gram[0, 0, 1] = gram[0, 1, 0] = value
+    with pytest.raises(FxpruneError, match=f"not {what}"):
+        factorise(gram)

@@ -15,11 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxprune.errors import FxpruneError
+
 BLOCK = 2**23  # elements of a block of systems
 MOST_FEATURES = 8192  # of a system: its moments take half a gigabyte
 LEAST = 1e-12  # the smallest ridge, so that features that never vary do no harm
 FLOOR = 1e-30  # of the features' mean square, where they are all zero
 DIRECT = 2 * 10**11  # multiplications for all masked systems; more are solved stepwise
+STEADY = 0.01  # the share of a feature's mean square that variance is, below which it is steady
+DAMPINGS = 12  # of singular systems, up to a tenth of their diagonal
 STEPS = 60  # of that, at most
 NEAR = 1e-4  # the share of the residual that may be left
 
@@ -57,14 +61,27 @@ class Moments:
     def add(self, features: Tensor, wanted: Tensor) -> None:
         """Count positions: groups x f x n, and groups x outputs x n.
 
-        Products are summed in their own precision here, and over the calls in double precision.
+        Products are summed in their own precision here, over the calls in double precision. Where
+        features hardly vary about their means, products are of what they deviate by, since single
+        precision would keep little of it beside the means.
         """
-        self.gram += features @ features.transpose(1, 2)
+        count = features.shape[2]
+        gram = features @ features.transpose(1, 2)
+        seen, asked = features.mean(2).double(), wanted.mean(2).double()
+        square = gram.diagonal(dim1=1, dim2=2) / count
+        if bool((square - seen.square() < STEADY * square).any()):
+            features, seen = _deviations(features)
+            wanted, asked = _deviations(wanted)
+            gram = features @ features.transpose(1, 2)
+            self.gram.baddbmm_(count * seen.unsqueeze(2), seen.unsqueeze(1))
+            self.cross.baddbmm_(count * seen.unsqueeze(2), asked.unsqueeze(1))
+            self.energy += count * asked.square()
+        self.gram += gram
         self.cross += features @ wanted.transpose(1, 2)
-        self.features += features.sum(2)
-        self.wanted += wanted.sum(2)
+        self.features += count * seen
+        self.wanted += count * asked
         self.energy += wanted.square().sum(2)
-        self.count += features.shape[2]
+        self.count += count
 
     def centred(self) -> Moments:
         """Return the moments of deviations from the means."""
@@ -101,6 +118,13 @@ class Moments:
         return torch.where(made > 0, met / made.clamp_min(FLOOR), 0.0).clamp(0, 1)
 
 
+def _deviations(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return deviations from the means along the last dimension, and the means in float64."""
+    near = values.mean(2, keepdim=True)
+    values = values - near
+    return values, near.squeeze(2).double() + values.mean(2).double()  # what rounding left
+
+
 def solve(
     moments: Moments, ridge: float, *, bias: bool, keep: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -111,6 +135,9 @@ def solve(
         ridge: relative to the mean square of the features.
         bias: whether there is a bias to change.
         keep: which weights may change, groups x outputs x f; None for all.
+
+    Raises:
+        FxpruneError: the moments are not finite.
 
     """
     used = moments.centred() if bias else moments
@@ -129,7 +156,32 @@ def solve(
 
 
 def _cholesky(gram: Tensor, cross: Tensor) -> Tensor:
-    return torch.cholesky_solve(cross, torch.linalg.cholesky(gram))
+    return torch.cholesky_solve(cross, factorise(gram))
+
+
+def factorise(systems: Tensor) -> Tensor:
+    """Return the Cholesky factors of symmetric systems, batch x f x f.
+
+    Those that rounding has left without one are damped, ten times as much each time, from
+    ``LEAST`` of their mean diagonal on, until they have one.
+
+    Raises:
+        FxpruneError: the systems are not finite, or far from positive definite.
+
+    """
+    level = systems.diagonal(dim1=1, dim2=2).mean(1).clamp_min(FLOOR) * LEAST
+    eye = torch.eye(systems.shape[1], dtype=systems.dtype, device=systems.device)
+    for _ in range(DAMPINGS):
+        factors, failed = torch.linalg.cholesky_ex(systems)
+        if not bool(failed.any()):
+            return factors
+        level = level * 10
+        systems = systems + ((failed > 0) * level).view(-1, 1, 1) * eye
+    what = "definite" if bool(systems.isfinite().all()) else "finite"
+    raise FxpruneError(
+        f"the second moments of what a layer reads are not {what}; look for values that are "
+        "infinite, not numbers, or out of all proportion in the model or in the calibration data"
+    )
 
 
 def _on_support(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fxprune.graph.calls import argument
 from fxprune.graph.program import Program
 from fxprune.reconstruction.layers import Layer, blocks, output_shape, weight_rows
-from fxprune.reconstruction.leastsquares import MOST_FEATURES, Moments
+from fxprune.reconstruction.leastsquares import MOST_FEATURES, Moments, factorise
 from fxprune.reconstruction.newton import Product, Vector
 from fxprune.reconstruction.region import affine_tail, slope
 
@@ -94,7 +94,7 @@ def _solver(gram: Tensor, kept: Tensor) -> Any:
     """What solves with the kept part of the moments, for each output."""
     groups, outputs, size = kept.shape
     if bool(kept.all()):
-        factor = torch.linalg.cholesky(gram)
+        factor = factorise(gram)
         return lambda rows: torch.cholesky_solve(rows.mT, factor).mT
     if groups * outputs * size**2 > LARGEST:
         diagonal = gram.diagonal(dim1=1, dim2=2).unsqueeze(1)
@@ -102,5 +102,5 @@ def _solver(gram: Tensor, kept: Tensor) -> Any:
     pairs = kept.unsqueeze(3) & kept.unsqueeze(2)
     systems = gram.float().unsqueeze(1) * pairs
     systems.diagonal(dim1=2, dim2=3).add_(~kept)
-    factor = torch.linalg.cholesky(systems)
+    factor = factorise(systems.flatten(0, 1)).view_as(systems)
     return lambda rows: torch.cholesky_solve((rows * kept).float().unsqueeze(3), factor)[..., 0]
