@@ -60,6 +60,14 @@ def test_least_squares_is_near_the_best_of_all_ranges() -> None:
     assert error(scale) <= 1.05 * best
 
 
+def test_pixels_are_not_left_half_way_between_codes() -> None:
+    pixels = torch.arange(256) / 127.5 - 1
+    whole = rounding_error(pixels, -1.0, 1.0)
+    assert whole == pytest.approx(0.25 * (2 / 255) ** 2, rel=0.02)
+    assert rounding_error(pixels, *watched(pixels).span("mse", 256)) < 0.35 * whole
+    assert rounding_error(pixels, *watched(pixels).span("histogram", 256)) < 1.05 * whole
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_keeps_rounding_small(method: str) -> None:
     x = gaussian()

@@ -80,28 +80,43 @@ class Observer:
         return self.low + width * first, self.low + width * (last + 1)
 
     def _search(self, counts: Tensor, score: Score, levels: int) -> tuple[float, float]:
-        """Draw in one end after the other, each to where the score is least."""
+        """Draw in one end after the other, each to where the score is least; then more finely."""
         width = (self.high - self.low) / BINS
         centres = self.low + width * (torch.arange(BINS, device=counts.device).double() + 0.5)
-        ends = torch.tensor([min(self.low, 0.0), max(self.high, 0.0)]).double().to(counts.device)
-        shares = torch.linspace(1 / CLIPS, 1, CLIPS, device=counts.device).double()
-        for end in (1, 0, 1):
-            tried = ends.repeat(CLIPS, 1)
-            tried[:, end] = shares * (self.high if end else self.low)
-            usable = tried[:, 1] > tried[:, 0]
-            cost = score(counts, centres, tried[:, 0], tried[:, 1], levels)
-            ends = tried[int(torch.where(usable, cost, torch.inf).argmin())]
-        return float(ends[0]), float(ends[1])
+        extremes = torch.tensor([self.low, self.high]).double().to(counts.device)
+        coarse = torch.linspace(1 / CLIPS, 1, CLIPS, device=counts.device).double()
+        fine = torch.linspace(-1 / CLIPS, 1 / CLIPS, CLIPS + 1, device=counts.device).double()
+        shares = torch.ones_like(extremes)
+        for near in (False, True):
+            for end in (1, 0, 1):
+                tried = shares.repeat(len(fine if near else coarse), 1)
+                tried[:, end] = (tried[:, end] + fine).clamp(0, 1) if near else coarse
+                low, high = (tried * extremes).unbind(1)
+                low, high = low.clamp_max(0), high.clamp_min(0)
+                cost = score(counts, centres, low, high, levels)
+                shares = tried[int(torch.where(high > low, cost, torch.inf).argmin())]
+        low, high = (shares * extremes).tolist()
+        return min(low, 0.0), max(high, 0.0)
 
 
 def squared_error(
     counts: Tensor, centres: Tensor, low: Tensor, high: Tensor, levels: int
 ) -> Tensor:
     """Sum of squared rounding and clipping errors of every range, spanned by so many codes."""
-    step = ((high - low) / (levels - 1)).clamp_min(1e-30)[:, None]
-    codes = torch.clamp(torch.round((centres - low[:, None]) / step), 0, levels - 1)
-    errors: Tensor = codes * step + low[:, None] - centres
+    step, zero = _grid(low, high, levels)
+    codes = torch.clamp(torch.round(centres / step + zero), 0, levels - 1)
+    errors: Tensor = (codes - zero) * step - centres
     return (counts * errors.square()).sum(1)
+
+
+def _grid(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Steps and zero points of ranges, one row each.
+
+    Zero has a code, so the other codes are not where the ends of a range would put them: pixels
+    from -1 to 1 in steps of 2 / 255 would all be half way between two codes.
+    """
+    step = ((high - low) / (levels - 1)).clamp_min(1e-30)[:, None]
+    return step, torch.round(-low[:, None] / step).clamp(0, levels - 1)
 
 
 def divergence(counts: Tensor, centres: Tensor, low: Tensor, high: Tensor, levels: int) -> Tensor:
@@ -110,8 +125,8 @@ def divergence(counts: Tensor, centres: Tensor, low: Tensor, high: Tensor, level
     What is clipped counts at the ends, and a code's mass is spread evenly over its occupied bins
     (S. Migacz, 8-bit inference with TensorRT, GTC 2017).
     """
-    step = ((high - low) / (levels - 1)).clamp_min(1e-30)[:, None]
-    place = (centres - low[:, None]) / step
+    step, zero = _grid(low, high, levels)
+    place = centres / step + zero
     codes = torch.clamp(torch.round(place), 0, levels - 1).long()
     inside = ((place >= -0.5) & (place <= levels - 0.5)).double() * counts
     occupied = (inside > 0).double()
@@ -120,10 +135,11 @@ def divergence(counts: Tensor, centres: Tensor, low: Tensor, high: Tensor, level
     bins = empty.scatter_add(1, codes, occupied).clamp_min(1)
     told = (mass / bins).gather(1, codes) * occupied
     last = empty.scatter_add(1, codes, counts.expand_as(told))
-    # The mass of clipped bins joins the occupied bins of the outermost codes.
+    # The mass of clipped bins joins the occupied bins of the outermost codes, or stays alone there.
     true = inside + ((last - mass) / bins).gather(1, codes) * occupied
-    p = true / true.sum(1, keepdim=True).clamp_min(1e-30)
-    q = told / told.sum(1, keepdim=True).clamp_min(1e-30)
+    p = torch.cat([true, torch.where(mass > 0, 0, last)], 1)
+    q = torch.cat([told, torch.zeros_like(last)], 1)
+    p, q = (x / x.sum(1, keepdim=True).clamp_min(1e-30) for x in (p, q))
     return torch.where(p > 0, p * (p.clamp_min(1e-30) / q.clamp_min(1e-30)).log(), 0).sum(1)
 
 
