@@ -9,9 +9,11 @@ After:
 The loss is ``(1 - distill) * loss(outputs, target) + distill * distance(outputs, dense outputs)``;
 the distance is the softened divergence of arXiv 1503.02531 for cross-entropy, and a relative
 squared error for other losses. Without labels the distance is all there is. Zeros of masks are
-kept; batch norms update their statistics. A part of the training samples is held out, and of points
-on the way from the old weights to the trained ones that of the least loss on it is kept: training
-never ends worse than it began. Fails, and does not guess, where there is no training data.
+kept. Batch norms first take the statistics of what they read, with weights and biases that make up
+for it, since training runs them on batches and would begin as another function otherwise; then they
+update their statistics. A part of the training samples is held out, and of points on the way from
+the old weights to the trained ones that of the least loss on it is kept: training never ends worse
+than it began. Fails, and does not guess, where there is no training data.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from fxprune.graph.program import Program
 from fxprune.pipeline import Facts, Outcome, Pass
 from fxprune.training.guarding import guarded
 from fxprune.training.loop import Schedule, train
+from fxprune.training.norms import restate_norms
+
+NORM_SAMPLES, NORM_BATCH = 1024, 128  # that the statistics of norms are taken over
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Finetune(Pass):
     """
 
     epochs: int = 1
-    lr: float = 0.02
+    lr: float = 0.01
     optimizer: Literal["sgd", "adamw"] = "sgd"
     warmup: float = 0.1
     weight_decay: float = 5e-4
@@ -65,6 +70,7 @@ class Finetune(Pass):
         if self.epochs <= 0:
             return Outcome()
         schedule = Schedule(**{field.name: getattr(self, field.name) for field in fields(Schedule)})
+        restate_norms(program, context, NORM_SAMPLES, NORM_BATCH)
         found = guarded(
             program, context, schedule, self.held_out, lambda part: train(program, part, schedule)
         )

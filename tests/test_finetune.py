@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import torch
+from support import randomise_norms
 from test_training import context, network, task
+from torch import nn
 
 from fxprune import trace
 from fxprune.context import Context
 from fxprune.facts import MASKS, Masks
 from fxprune.graph.text import graph_text
 from fxprune.passes.finetune import Finetune
+from fxprune.pipeline import Outcome
 
 
 def test_trains_and_keeps_the_graph_and_the_masks() -> None:
@@ -41,3 +44,18 @@ def test_the_dense_model_is_left_alone() -> None:
     Finetune(batch_size=16)(program, given)
     after = given.dense.graph_module.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_begins_where_evaluation_is() -> None:
+    x, _ = task()
+    model = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+    program = trace(randomise_norms(model), (x[:2],))
+    step = Finetune(lr=1e-9, batch_size=len(x), distill=1, held_out=0)
+    (epoch,) = _epochs(step(program, context(program)))
+    assert epoch["loss"] < 1e-4  # what training mode is away from the dense model
+
+
+def _epochs(outcome: Outcome) -> list[dict[str, float]]:
+    assert outcome.details is not None
+    found: list[dict[str, float]] = outcome.details["epochs"]
+    return found

@@ -123,7 +123,7 @@ def test_single_precision_tells_small_variation_about_a_large_mean(mean: float) 
 
 
 def test_singular_systems_are_damped_until_they_can_be_solved() -> None:
-    x, r = problem(features=4)
+    x, _ = problem(features=4)
     gram = x @ x.mT
     gram[1] = gram[1, :1].T @ gram[1, :1] - 1e-9 * torch.eye(4)  # rank one, and rounded downwards
     factors = factorise(gram)

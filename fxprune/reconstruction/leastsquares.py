@@ -172,6 +172,7 @@ def factorise(systems: Tensor) -> Tensor:
     level = systems.diagonal(dim1=1, dim2=2).mean(1).clamp_min(FLOOR) * LEAST
     eye = torch.eye(systems.shape[1], dtype=systems.dtype, device=systems.device)
     for _ in range(DAMPINGS):
+        factors: Tensor
         factors, failed = torch.linalg.cholesky_ex(systems)
         if not bool(failed.any()):
             return factors

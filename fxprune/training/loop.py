@@ -41,7 +41,7 @@ class Schedule:
     """
 
     epochs: int = 1
-    lr: float = 0.02
+    lr: float = 0.01
     optimizer: Literal["sgd", "adamw"] = "sgd"
     warmup: float = 0.1
     weight_decay: float = 5e-4
