@@ -225,3 +225,15 @@ def test_without_targets_those_of_the_plan_count() -> None:
 def test_options_that_make_no_sense(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         resolve(make_options(**options))
+
+
+@pytest.mark.parametrize("max_drop", [None, 99.0])
+def test_much_lost_accuracy_gets_a_word_unless_it_was_allowed(max_drop: float | None) -> None:
+    x = data()["train"][0]  # unlabelled: what the dense model says is right
+    report = compiled(None, data={"train": x, "eval": x}, max_drop=max_drop).report
+    assert report.before.accuracy is not None
+    assert report.after.accuracy is not None
+    lost = 100 * (report.before.accuracy - report.after.accuracy)
+    assert lost > 5
+    told = [note for note in report.notes if note.startswith(f"{lost:.1f} points of accuracy")]
+    assert len(told) == (max_drop is None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from fxprune.facts import MASKS
@@ -17,6 +18,8 @@ from fxprune.run.job import Job
 from fxprune.run.measure import measures
 from fxprune.structure.groups import Group
 from fxprune.training.evaluate import Evaluation
+
+LOSS = 0.05  # of accuracy, which is worth a word
 
 
 def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunReport]:
@@ -48,7 +51,7 @@ def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunRep
         checks,
         tuple(_group(group, journal) for group in job.groups),
         environment(options.device, options.seed, options.threads or 1),
-        _notes(job, journal, before),
+        (*_notes(job, journal, before), *_loss(job, before, end.judged)),
         journal.curves,
         end.emission.speedup,
         trials=job.trials,
@@ -86,3 +89,15 @@ def _notes(job: Job, journal: Journal, before: Evaluation) -> tuple[str, ...]:
     for entry in journal.entries:
         notes += (entry.outcome.details or {}).get("notes", [])
     return tuple(notes)
+
+
+def _loss(job: Job, before: Evaluation, after: Evaluation) -> Iterator[str]:
+    """Say so where much accuracy is gone, and nobody said how much may go."""
+    if job.options.max_drop is not None or before.accuracy is None or after.accuracy is None:
+        return
+    lost = before.accuracy - after.accuracy
+    if lost > LOSS:
+        yield (
+            f"{100 * lost:.1f} points of accuracy are lost; ask for less with --target, train with "
+            "--epochs, or say with --max-drop how many may go"
+        )
