@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,16 @@ def test_more_work_takes_longer_and_the_first_is_the_reference(
     assert found["big"].speedup == found["big"].speedup_p90 == 1.0
     assert found["small"].speedup > 1
     assert found["small"].p10_ms <= found["small"].median_ms <= found["small"].p90_ms
+
+
+def test_a_processor_clock_that_stands_still_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "thread_time", lambda: 1.0)
+    files = {"big": product(tmp_path / "big.onnx", 96), "small": product(tmp_path / "s.onnx", 8)}
+    found = compare(files, seconds=0.0, minimum=9)
+    assert found["big"].median_ms > found["small"].median_ms > 0
+    assert found["small"].speedup_p10 > 1
 
 
 def test_inputs_are_made_up_from_shapes_and_types(tmp_path: Path) -> None:
