@@ -89,7 +89,7 @@ def test_a_target_not_met_is_exit_code_1(folder: Path) -> None:
         "--target", "macs=50%", "--no-verify", "-o", "out",
     )  # fmt: skip
     assert run.exit_code == 1
-    assert "NOT MET" in run.stdout
+    assert "NOT MET" in run.stdout, run.output
     assert "zero_then_remove: not run (--no-verify was given)" in run.stdout
 
 
