@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -15,9 +16,10 @@ from fxprune.passes import InsertObservers
 from fxprune.pipeline import Skip
 from fxprune.progress import Tracker
 from fxprune.quantization import timing as quantization_timing
+from fxprune.quantization.onnx_nodes import inspect_fusion
 from fxprune.quantization.patterns import pattern_of
 from fxprune.quantization.stages import sites
-from fxprune.quantization.timing import paces
+from fxprune.quantization.timing import paces, timed_model
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -158,3 +160,16 @@ def test_layers_and_conversions_are_timed() -> None:
     found = paces(program, layers, 1, Tracker(False))
     assert list(found) == layers
     assert all(pace.codes > 0 and pace.floats > 0 for pace in found.values())
+
+
+def test_what_is_timed_on_codes_computes_on_codes(tmp_path: Path) -> None:
+    geometry = (8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0)
+    shapes = [
+        Shape("conv", geometry, (16, 32, 16)), Shape("conv", geometry, (16, 16, 1)),
+        Shape("linear", (), (1, 32, 10)),
+    ]  # fmt: skip
+    path = tmp_path / "timed.onnx"
+    path.write_bytes(timed_model(shapes, [64]))
+    fusion = inspect_fusion(path)
+    assert fusion.unfused == ()
+    assert fusion.fused == {"QGemm": 1, "QLinearConv": 2}

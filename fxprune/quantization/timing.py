@@ -122,14 +122,19 @@ def _measured(
     return found
 
 
-def _timed(shapes: Sequence[Shape], counts: Sequence[int], threads: int) -> dict[str, Pair]:
+def timed_model(shapes: Sequence[Shape], counts: Sequence[int]) -> bytes:
+    """Return an ONNX model that computes layers on codes and on floats, and converts values."""
     model = _Model()
     for number, shape in enumerate(shapes):
         model.add_layer(number, shape)
     for count in counts:
         model.add_conversions(count)
+    return model.encoded()
+
+
+def _timed(shapes: Sequence[Shape], counts: Sequence[int], threads: int) -> dict[str, Pair]:
     with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
-        profiled = profile(model.encoded(), threads, RUNS, Path(scratch))
+        profiled = profile(timed_model(shapes, counts), threads, RUNS, Path(scratch))
     keys = {f"_{number}": shape.key for number, shape in enumerate(shapes)}
     keys |= {f"_of{count}": _conversion(count) for count in counts}
     return {
@@ -173,8 +178,8 @@ class _Model:
         self._node("DequantizeLinear", [codes, "scale", "zero"], f"in{number}")
         read = [f"in{number}"]
         read += [
-            self._decoded(f"cw{number}", weight, axis),
-            self._decoded(f"cb{number}", bias, 0),
+            self._decoded(f"cw{number}", weight, axis, SCALE),
+            self._decoded(f"cb{number}", bias, 0, SCALE * SCALE),
         ]
         if shape.kind == "linear":  # its sums go on as floats
             self._add("Gemm", read, f"codes_{number}", TensorProto.FLOAT)
@@ -208,10 +213,10 @@ class _Model:
         self._inputs[name] = helper.make_tensor_value_info(name, kind, shape)
         return name
 
-    def _decoded(self, name: str, codes: Any, axis: int) -> str:
+    def _decoded(self, name: str, codes: Any, axis: int, scale: float) -> str:
         size = codes.shape[axis]
         self._store(name, codes)
-        self._store(f"{name}_scale", np.full(size, SCALE * SCALE, np.float32))
+        self._store(f"{name}_scale", np.full(size, scale, np.float32))
         self._store(f"{name}_zero", np.zeros(size, codes.dtype))
         read = [name, f"{name}_scale", f"{name}_zero"]
         self._node("DequantizeLinear", read, f"{name}_decoded", axis=axis)
