@@ -16,12 +16,14 @@ from fxprune.passes.insert_observers import InsertObservers
 from fxprune.passes.plan_channels import PlanChannels
 from fxprune.passes.recalibrate_norms import RecalibrateNorms
 from fxprune.passes.reconstruct import Reconstruct
+from fxprune.passes.remove_blocks import RemoveBlocks
 from fxprune.passes.remove_channels import RemoveChannels
 from fxprune.passes.sparsify import Sparsify
 from fxprune.passes.train_quantized import TrainQuantized
 from fxprune.pipeline import Pass
 
 ALL: tuple[type[Pass], ...] = (
+    RemoveBlocks,
     AnnotateSensitivity,
     PlanChannels,
     RemoveChannels,
@@ -49,6 +51,7 @@ __all__ = [
     "PlanChannels",
     "RecalibrateNorms",
     "Reconstruct",
+    "RemoveBlocks",
     "RemoveChannels",
     "Sparsify",
     "TrainQuantized",

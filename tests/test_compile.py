@@ -237,3 +237,12 @@ def test_much_lost_accuracy_gets_a_word_unless_it_was_allowed(max_drop: float | 
     assert lost > 5
     told = [note for note in report.notes if note.startswith(f"{lost:.1f} points of accuracy")]
     assert len(told) == (max_drop is None)
+
+
+def test_groups_that_go_with_their_block_are_told_as_removed() -> None:
+    report = compiled(None, pipeline="remove-blocks{macs=60%,samples=16},recalibrate-norms").report
+    assert report.entries[0].outcome.changes == 1
+    removed = {group.name: (group.removed, group.units) for group in report.groups}
+    assert removed["conv1.weight:0"] == (32, 32)
+    assert removed["stem.weight:0"] == (0, 16)
+    assert report.ok

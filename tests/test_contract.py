@@ -28,6 +28,7 @@ from fxprune.text.pipelines import parse
 # Options that make a pass quick on the stock models, or that it cannot do without.
 QUICK: dict[str, dict[str, Any]] = {
     "annotate-sensitivity": {"criterion": "magnitude-l2"},
+    "remove-blocks": {"macs": "100%"},
     "plan-channels": {"params": "70%", "round_to": 1, "tolerance": 0.1},
     "finetune": {"epochs": 1, "batch_size": 8},
 }

@@ -97,8 +97,11 @@ def rewrite_call(
 
 
 def drop_unused(program: Program) -> None:
-    """Erase calls and reads that nothing uses, then tensors read under none of their names."""
-    program.graph.eliminate_dead_code()
+    """Erase calls and reads that nothing uses, then tensors read under none of their names.
+
+    Calls that may draw random numbers, as attention may, go like others.
+    """
+    program.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
     read = {node.target for node in program.graph.nodes if node.op == "get_attr"}
     module = program.graph_module
     tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))

@@ -49,7 +49,7 @@ def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunRep
         _targets(job, journal, first, last),
         tuple(journal.entries),
         checks,
-        tuple(_group(group, journal) for group in job.groups),
+        tuple(_group(group, journal, small) for group in job.groups),
         environment(options.device, options.seed, options.threads or 1),
         (*_notes(job, journal, before), *_loss(job, before, end.judged)),
         journal.curves,
@@ -72,12 +72,18 @@ def _targets(
     )
 
 
-def _group(group: Group, journal: Journal) -> GroupEntry:
+def _group(group: Group, journal: Journal, small: Program) -> GroupEntry:
+    """Tell what became of a group, which may have gone with the layers that it was in."""
+    left = small.graph_module.state_dict()
+    stored = [slot.tensor for slot in group.slots if not slot.tensor.startswith("node:")]
+    removed = journal.removed.get(group.name, 0)
+    if group.frozen_because is None and not any(name in left for name in stored):
+        removed = len(group.units)
     return GroupEntry(
         group.name,
         tuple(map(str, group.slots)),
         len(group.units),
-        journal.removed.get(group.name, 0),
+        removed,
         journal.implanted.get(group.name, 0),
         group.frozen_because,
     )

@@ -1,0 +1,161 @@
+"""Remove whole residual branches, with all their layers.
+
+Before:
+    relu: 8x16x32x32 = relu(batch_norm)
+    conv2d_1: 8x16x32x32 = conv2d(relu, <layer1.0.conv1.weight 16x16x3x3>)
+    relu_1: 8x16x32x32 = relu(conv2d_1)
+    conv2d_2: 8x16x32x32 = conv2d(relu_1, <layer1.0.conv2.weight 16x16x3x3>)
+    add: 8x16x32x32 = add(conv2d_2, relu)
+    conv2d_3: 8x16x32x32 = conv2d(add, <layer1.1.conv1.weight 16x16x3x3>)
+
+After:
+    relu: 8x16x32x32 = relu(batch_norm)
+    conv2d_3: 8x16x32x32 = conv2d(relu, <layer1.1.conv1.weight 16x16x3x3>)
+
+A layer of few channels takes nearly as long as one of more, so that a network of many narrow layers
+gains more by fewer layers than by narrower ones. Branches of sums ``x + branch(x)`` go one by one:
+each time the one that moves the output least, in the mean square on calibration samples, for each
+multiply-accumulate that goes with it. No labels are needed. A branch may be a block of a residual
+network, or the attention or the MLP of a transformer layer; one whose values are read elsewhere,
+or whose sum broadcasts, stays. The result computes what the program does with the branches' values
+set to zero, which is checked. Reconstruct afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxprune.context import Context
+from fxprune.data import batches
+from fxprune.errors import InputError, PostconditionError
+from fxprune.facts import MASKS, REMOVED
+from fxprune.graph.program import Program
+from fxprune.pipeline import Facts, Outcome, Pass
+from fxprune.planning.blocks import Gone, Shift, remove_blocks
+from fxprune.planning.budget import Target
+from fxprune.planning.cost import cost
+from fxprune.structure.branches import Branch, find_branches, run_without
+from fxprune.structure.verify import relative_error
+from fxprune.training.evaluate import fixed_batch, logits_of
+from fxprune.training.loop import placed
+
+EXACT = 1e-4  # relative; less than any branch's own share of the output
+
+
+@dataclass(frozen=True)
+class RemoveBlocks(Pass):
+    """Remove residual branches until a budget is met.
+
+    Attributes:
+        macs: the most multiply-accumulates per sample, as a share of the dense model's (75%), a
+            factor (1.5x) or a number (30M).
+        protect: name patterns of modules, weights or additions whose branches stay.
+        samples: how many calibration samples judge at most, drawn at random.
+        batch_size: samples per batch.
+
+    """
+
+    macs: float | str = "75%"
+    protect: tuple[str, ...] = ()
+    samples: int = 256
+    batch_size: int = 64
+
+    name: ClassVar[str] = "remove-blocks"
+    keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS})
+
+    def __post_init__(self) -> None:
+        Target.of("macs", self.macs)
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        """Remove; changes counts branches."""
+        dense = context.dense or program
+        limit = Target.of("macs", self.macs).limit(cost(dense).macs)
+        self._check_patterns(program)
+        if cost(program).macs <= limit:
+            return Outcome()
+        program.eval()
+        before = program.copy(share=True)
+        with placed(program, context.device), torch.no_grad():
+            gone = tuple(self._removed(program, context, limit))
+        error = _error(before, program, gone)
+        told = [asdict(one) for one in gone]
+        details = {"blocks": told, "zero_then_remove": error, "tables": [_table(gone)]}
+        return Outcome(len(gone), details=details)
+
+    def _check_patterns(self, program: Program) -> None:
+        branches = find_branches(program)
+        for pattern in self.protect:
+            if not any(_matches(pattern, branch) for branch in branches):
+                there = ", ".join(branch.title for branch in branches[:5])
+                raise InputError(
+                    f"remove-blocks protects '{pattern}', and no residual branch has that name; "
+                    f"there are {there or 'none'}{', ...' * (len(branches) > 5)}"
+                )
+
+    def _removed(self, program: Program, context: Context, limit: float) -> Iterator[Gone]:
+        shift = self._shift(program, context)
+        dense = cost(program).macs
+        tracked = remove_blocks(program, limit, shift, self._allows)
+        for one in context.progress.track(tracked, "removing residual branches"):
+            left = f"{one.macs / dense:.0%} of the multiply-accumulates left"
+            context.progress.say(f"removed {one.title}: {left}")
+            yield one
+
+    def _allows(self, branch: Branch) -> bool:
+        return not any(_matches(pattern, branch) for pattern in self.protect)
+
+    def _shift(self, program: Program, context: Context) -> Shift:
+        """How far outputs are from this program's, relative to their mean square."""
+        data, fixed = context.samples.calibration, fixed_batch(program)
+        size = fixed or self.batch_size
+        total = min(self.samples, len(data))
+        total = max(total - total % size, size) if fixed else total
+        stream = batches(data, size, seed=context.seed, limit=total, device=context.device)
+        seen = [(batch.inputs, logits_of(program(*batch.inputs))) for batch in stream]
+        whole = sum(float(output.double().square().sum()) for _, output in seen)
+
+        def shift(other: Program) -> float:
+            moved = sum(_distance(logits_of(other(*inputs)), output) for inputs, output in seen)
+            return moved / (whole or 1.0)
+
+        return shift
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    return float((left.double() - right.double()).square().sum())
+
+
+def _matches(pattern: str, branch: Branch) -> bool:
+    names = (branch.module, branch.add.name, *branch.weights)
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _error(before: Program, after: Program, gone: tuple[Gone, ...]) -> float:
+    """How far the result is from the program with the branches silenced, on the example inputs."""
+    names = {one.add for one in gone}
+    branches = [branch for branch in find_branches(before) if branch.add.name in names]
+    inputs = before.example_inputs
+    with torch.no_grad():
+        silenced = pytree.tree_leaves(run_without(before, branches, inputs))
+        found = pytree.tree_leaves(after(*inputs))
+    error = max(map(relative_error, silenced, found), default=0.0)
+    if not error <= EXACT:
+        raise PostconditionError(
+            f"removing residual branches changed the output by {error:.1e} of its size; protect "
+            f"some of {', '.join(sorted(names)[:5])}, and please report it with the model"
+        )
+    return error
+
+
+def _table(gone: tuple[Gone, ...]) -> dict[str, Any]:
+    """What went, for the report."""
+    rows = [[one.title, f"{len(one.weights)}", f"{one.macs:,}", f"{one.shift:.3g}"] for one in gone]
+    columns = ["block", "tensors", "MACs left", "output moved by"]
+    return {"title": "Residual branches that went, in order", "columns": columns, "rows": rows}
