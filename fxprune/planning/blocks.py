@@ -74,7 +74,7 @@ def remove_blocks(
         if not queue:
             raise BudgetError(
                 f"{readable('macs', left)} are left without any residual branch that may go, and "
-                f"the budget allows {readable('macs', limit)}; ask for less, or protect less"
+                f"the budget allows {readable('macs', limit)}; allow more, or protect less"
             )
         chosen = judged[queue[0][1]]
         remove_branch(program, branches[chosen.add])
