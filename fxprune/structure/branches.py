@@ -61,9 +61,12 @@ def find_branches(program: Program) -> tuple[Branch, ...]:
         ends = _ends(add)
         for skip, end in (ends, ends[::-1]) if ends else ():
             inside = _between(nodes[order[skip] + 1 : order[end] + 1], skip, end)
-            closed = all(user is add or user in inside for node in inside for user in node.users)
-            weights = tuple(_weights(nodes, inside))
-            if closed and any(program.tensor(name).dim() > 1 for name in weights):
+            if any(
+                user is not add and user not in inside for node in inside for user in node.users
+            ):
+                continue
+            weights = tuple(_weights(nodes, inside)) if inside else ()
+            if any(program.tensor(name).dim() > 1 for name in weights):
                 found.append(Branch(_module(weights), add, skip, end, weights))
     return tuple(found)
 
@@ -124,10 +127,10 @@ def remove_branch(program: Program, branch: Branch) -> None:
 
 
 def _repeats(reader: fx.Node, value: fx.Node) -> bool:
-    same = (reader.target, reader.args[1:], reader.kwargs) == (
-        value.target, value.args[1:], value.kwargs,
-    )  # fmt: skip
-    return same and packet_of(reader) in IDEMPOTENT
+    if packet_of(reader) not in IDEMPOTENT or reader.args[0] is not value:
+        return False
+    limits = [(node.target, node.args[1:], node.kwargs) for node in (reader, value)]
+    return limits[0] == limits[1]
 
 
 def _drop_masks(program: Program) -> None:
