@@ -12,8 +12,9 @@ from fxprune.errors import InputError, PostconditionError
 from fxprune.graph.program import Program
 from fxprune.graph.trace import trace
 from fxprune.onnx.export import ExportCheck
+from fxprune.report.content import Check
 from fxprune.run import checks
-from fxprune.run.checks import check_data, check_removal, result_checks
+from fxprune.run.checks import accuracy_limit, check_data, check_removal, result_checks
 from fxprune.structure.groups import Group, find_groups
 from fxprune.structure.verify import RemovalCheck
 from fxprune.training.evaluate import Evaluation
@@ -90,3 +91,12 @@ def test_the_result_is_judged() -> None:
     assert not found["onnx_parity"].ran
     assert (found["onnx_accuracy"].ran, found["onnx_accuracy"].note) == (False, "no labels")
     assert found["max_drop"].passed is False
+
+
+def test_accuracies_on_codes_may_differ_as_predictions_may() -> None:
+    assert accuracy_limit({}) == 0.005
+    assert accuracy_limit({"int8_agreement": Check.skipped("no data")}) == 0.005
+    limit = accuracy_limit({"int8_agreement": Check.of(0.02, 0.038)})
+    right, in_file = Evaluation(0.786, 500), Evaluation(0.798, 500)
+    found = result_checks(ExportCheck(1e-6, 10), right, right, in_file, None, 1e-3, limit)
+    assert found["onnx_accuracy"].passed

@@ -16,6 +16,7 @@ from fxprune.facts import MASKS
 from fxprune.graph.program import Program
 from fxprune.inputs.sources import check_inputs, check_labels
 from fxprune.onnx.export import PARITY_LIMIT, ExportCheck
+from fxprune.quantization.checks import DISAGREEMENT
 from fxprune.report.content import Check
 from fxprune.structure.groups import Group
 from fxprune.structure.verify import sample_units, verify_removal
@@ -112,6 +113,12 @@ def result_checks(
     if max_drop is not None:
         checks["max_drop"] = _drop(before, in_file, max_drop)
     return checks
+
+
+def accuracy_limit(checks: Mapping[str, Check]) -> float:
+    """Return by how much accuracy on codes may differ between the runtimes: as predictions may."""
+    agreement = checks.get("int8_agreement")
+    return max(DISAGREEMENT, (agreement and agreement.limit) or 0.0)
 
 
 def _drop(before: Evaluation, after: Evaluation, limit: float) -> Check:

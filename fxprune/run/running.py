@@ -8,11 +8,16 @@ from pathlib import Path
 from fxprune.facts import MASKS
 from fxprune.graph.program import Program
 from fxprune.onnx.export import parity_limit
-from fxprune.quantization.checks import DISAGREEMENT
 from fxprune.quantization.onnx_nodes import is_quantized
 from fxprune.report.content import Check, GroupEntry, Measures, RunReport, TargetEntry, environment
 from fxprune.run.checkpoint import Checkpoint, Journal
-from fxprune.run.checks import ACCURACY_LIMIT, check_masks, check_removal, result_checks
+from fxprune.run.checks import (
+    ACCURACY_LIMIT,
+    accuracy_limit,
+    check_masks,
+    check_removal,
+    result_checks,
+)
 from fxprune.run.forms import settle
 from fxprune.run.job import Job
 from fxprune.run.measure import measures
@@ -36,7 +41,7 @@ def run(job: Job, kept: Checkpoint | None, aside: Path) -> tuple[Program, RunRep
     small.to("cpu").eval()
     checks |= result_checks(
         end.emission.export, before, after, end.judged, options.max_drop, parity_limit(small),
-        DISAGREEMENT if quantized else ACCURACY_LIMIT,
+        accuracy_limit(end.checks) if quantized else ACCURACY_LIMIT,
     )  # fmt: skip
     if MASKS.name in small.facts:
         checks["masks"] = check_masks(small, aside / "model.onnx")
