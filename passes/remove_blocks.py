@@ -30,7 +30,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxprune.context import Context
 from fxprune.data import batches
@@ -41,8 +40,7 @@ from fxprune.pipeline import Facts, Outcome, Pass
 from fxprune.planning.blocks import Gone, Shift, remove_blocks
 from fxprune.planning.budget import Target
 from fxprune.planning.cost import cost
-from fxprune.structure.branches import Branch, find_branches, run_without
-from fxprune.structure.verify import relative_error
+from fxprune.structure.branches import Branch, find_branches, silence_error
 from fxprune.training.evaluate import fixed_batch, logits_of
 from fxprune.training.loop import placed
 
@@ -84,7 +82,7 @@ class RemoveBlocks(Pass):
         before = program.copy(share=True)
         with placed(program, context.device), torch.no_grad():
             gone = tuple(self._removed(program, context, limit))
-        error = _error(before, program, gone)
+        error = _checked(before, program, gone)
         told = [asdict(one) for one in gone]
         details = {"blocks": told, "zero_then_remove": error, "tables": [_table(gone)]}
         return Outcome(len(gone), details=details)
@@ -137,15 +135,11 @@ def _matches(pattern: str, branch: Branch) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
 
 
-def _error(before: Program, after: Program, gone: tuple[Gone, ...]) -> float:
-    """How far the result is from the program with the branches silenced, on the example inputs."""
+def _checked(before: Program, after: Program, gone: tuple[Gone, ...]) -> float:
+    """Return how far the result is from the program with its branches silenced; fail if it is."""
     names = {one.add for one in gone}
     branches = [branch for branch in find_branches(before) if branch.add.name in names]
-    inputs = before.example_inputs
-    with torch.no_grad():
-        silenced = pytree.tree_leaves(run_without(before, branches, inputs))
-        found = pytree.tree_leaves(after(*inputs))
-    error = max(map(relative_error, silenced, found), default=0.0)
+    error = silence_error(before, branches, after)
     if not error <= EXACT:
         raise PostconditionError(
             f"removing residual branches changed the output by {error:.1e} of its size; protect "

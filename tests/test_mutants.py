@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from tools.mutants import MUTANTS, ROOT, Mutant
+from tools.mutants import ROOT
+from tools.planted_faults import MUTANTS, Mutant
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

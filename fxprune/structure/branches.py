@@ -19,6 +19,7 @@ from fxprune.facts import MASKS, Masks
 from fxprune.graph.calls import argument, packet_of
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import drop_unused, replace_node
+from fxprune.structure.verify import relative_error
 
 aten = torch.ops.aten
 IDEMPOTENT = frozenset({aten.relu, aten.relu6, aten.hardtanh, aten.clamp})
@@ -61,11 +62,7 @@ def find_branches(program: Program) -> tuple[Branch, ...]:
         ends = _ends(add)
         for skip, end in (ends, ends[::-1]) if ends else ():
             inside = _between(nodes[order[skip] + 1 : order[end] + 1], skip, end)
-            if any(
-                user is not add and user not in inside for node in inside for user in node.users
-            ):
-                continue
-            weights = tuple(_weights(nodes, inside)) if inside else ()
+            weights = tuple(_weights(nodes, inside)) if _is_closed(inside, add) else ()
             if any(program.tensor(name).dim() > 1 for name in weights):
                 found.append(Branch(_module(weights), add, skip, end, weights))
     return tuple(found)
@@ -93,6 +90,10 @@ def _between(nodes: Sequence[fx.Node], skip: fx.Node, end: fx.Node) -> frozenset
         if node in needed:
             needed.update(reached.intersection(node.all_input_nodes))
     return frozenset(needed - {skip})
+
+
+def _is_closed(inside: frozenset[fx.Node], add: fx.Node) -> bool:
+    return all(user is add or user in inside for node in inside for user in node.users)
 
 
 def _holds_tensors(node: fx.Node) -> bool:
@@ -127,7 +128,7 @@ def remove_branch(program: Program, branch: Branch) -> None:
 
 
 def _repeats(reader: fx.Node, value: fx.Node) -> bool:
-    if packet_of(reader) not in IDEMPOTENT or reader.args[0] is not value:
+    if packet_of(reader) not in IDEMPOTENT:
         return False
     limits = [(node.target, node.args[1:], node.kwargs) for node in (reader, value)]
     return limits[0] == limits[1]
@@ -141,10 +142,25 @@ def _drop_masks(program: Program) -> None:
         program.put(MASKS, Masks(keep, masks.pattern))
 
 
-def run_without(program: Program, branches: Sequence[Branch], inputs: tuple[Any, ...]) -> Any:
-    """Run a program with the ends of some branches multiplied by zero where they are added."""
+def silence_error(program: Program, branches: Sequence[Branch], smaller: Program) -> float:
+    """Compare a program without branches with the program that has them, silenced.
+
+    Args:
+        program: it has the branches; their ends are multiplied by zero where they are added.
+        branches: of that program.
+        smaller: what removal made of it.
+
+    Returns:
+        The largest difference between the outputs on the example inputs, relative to the largest
+        output.
+
+    """
     ends = {branch.add: branch.add.args.index(branch.end) for branch in branches}
-    return _Silenced(program.graph_module, ends).run(*pytree.tree_leaves(inputs))
+    inputs = program.example_inputs
+    with torch.no_grad():
+        expected = _Silenced(program.graph_module, ends).run(*pytree.tree_leaves(inputs))
+        both = pytree.tree_leaves(expected), pytree.tree_leaves(smaller(*inputs))
+    return max(map(relative_error, *both), default=0.0)
 
 
 class _Silenced(fx.Interpreter):
