@@ -14,12 +14,19 @@ def test_a_small_model_passes_every_step() -> None:
     steps: list[str] = []
     record = examine("layers", "two-inputs", False, lambda told: steps.append(told["step"]))
     assert record["failed"] is None, record["why"]
-    assert steps == ["build", "trace", "groups", "dense forward", "exactness", "removal",
-                     "forward", "backward", "done"]  # fmt: skip
+    assert steps == ["build", "trace", "groups", "dense forward", "branches", "exactness",
+                     "removal", "forward", "backward", "done"]  # fmt: skip
     assert record["share"] > 0.9
     assert record["params_left"] < 0.6
     assert record["error"] <= 1e-5
     assert record["changed"] > 0.01, "what was removed did not matter"
+
+
+def test_residual_branches_are_removed_too() -> None:
+    record = examine("layers", "torch-encoder", False, lambda _: None)
+    assert record["failed"] is None, record["why"]
+    assert (record["branches"], record["branches_removed"]) == (4, 2)
+    assert record["branches_error"] <= 1e-5
 
 
 def test_a_failure_is_a_line_of_the_table() -> None:
