@@ -15,10 +15,10 @@ After:
 A layer of few channels takes nearly as long as one of more, so that a network of many narrow layers
 gains more by fewer layers than by narrower ones. Branches of sums ``x + branch(x)`` go one by one:
 each time the one that moves the output least, in the mean square on calibration samples, for each
-multiply-accumulate that goes with it. No labels are needed. A branch may be a block of a residual
-network, or the attention or the MLP of a transformer layer; one whose values are read elsewhere,
-or whose sum broadcasts, stays. The result computes what the program does with the branches' values
-set to zero, which is checked. Reconstruct afterwards.
+multiply-accumulate that goes with it, of those judged anew. No labels are needed. A branch may be
+a block of a residual network, or the attention or the MLP of a transformer layer; one whose values
+are read elsewhere, or whose sum broadcasts, stays. The result computes what the program does with
+the branches' values set to zero, which is checked. Reconstruct afterwards.
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ class RemoveBlocks(Pass):
 
     def _removed(self, program: Program, context: Context, limit: float) -> Iterator[Gone]:
         shift = self._shift(program, context)
-        dense = cost(program).macs
+        whole = cost(program).macs
         tracked = remove_blocks(program, limit, shift, self._allows)
         for one in context.progress.track(tracked, "removing residual branches"):
-            left = f"{one.macs / dense:.0%} of the multiply-accumulates left"
+            left = f"{one.macs / whole:.0%} of the multiply-accumulates left"
             context.progress.say(f"removed {one.title}: {left}")
             yield one
 
@@ -136,7 +136,7 @@ def _matches(pattern: str, branch: Branch) -> bool:
 
 
 def _checked(before: Program, after: Program, gone: tuple[Gone, ...]) -> float:
-    """Return how far the result is from the program with its branches silenced; fail if it is."""
+    """Return how far the result is from the program with its branches silenced, or fail."""
     names = {one.add for one in gone}
     branches = [branch for branch in find_branches(before) if branch.add.name in names]
     error = silence_error(before, branches, after)

@@ -64,7 +64,7 @@ def test_the_branch_that_matters_least_goes_first() -> None:
     assert RemoveBlocks(macs="60%")(program, Context(dense=trace(network(), X[:2]))).changes == 0
 
 
-def test_takes_what_an_exhaustive_search_takes_each_time() -> None:
+def test_takes_what_judging_all_anew_would_on_a_simple_network() -> None:
     program = trace(network(), X[:2])
     wanted = program(X).detach()
     calls = 0

@@ -1,8 +1,8 @@
 """Which residual branches go: those that move the output least for the cost that goes with them.
 
-One branch goes at a time, and the others are judged without it. What a branch would move the output
-by hardly falls as others go, so an old judgement is a lower bound: only branches that look
-cheapest are judged anew, and the first that stays cheapest goes.
+One branch goes at a time. An old judgement stands for what a branch would move the output by now;
+those that look cheapest are judged anew, and the first that stays cheapest goes. Judging all of
+them each time takes longer and may find better ones: a branch may matter less without others.
 """
 
 from __future__ import annotations
