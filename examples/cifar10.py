@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.data import Data
+from fxprune.data.datasets import Arrays
+from fxprune.data.images import Scaling
+from fxprune.data.roles import Data
 from fxprune.errors import InputError
-from fxprune.inputs.datasets import Arrays
-from fxprune.inputs.images import Scaling
 
 IMAGENET_SCALING = Scaling(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 

@@ -13,9 +13,9 @@ from torch import nn
 import fxprune
 from examples.digits.model import digits_net
 from fxprune import passes
-from fxprune.data import batches
-from fxprune.inputs.loading import load_model
-from fxprune.inputs.sources import load_data
+from fxprune.data.batches import batches
+from fxprune.data.sources import load_data
+from fxprune.models.loading import load_model
 from fxprune.training.evaluate import evaluate, run_program
 
 CHECKPOINT = Path(__file__).parent / "digits" / "digits.safetensors"

@@ -6,7 +6,7 @@ Without a rule an operator freezes all it meets, and the report names it. A rule
 dimensions keep the same indices. A package offers its rules to every fxprune run by an entry
 point, a mapping from operators to rules, in its ``pyproject.toml``:
 
-    [project.entry-points."fxprune.rules"]
+    [project.entry-points."fxprune.structure.rules.registry"]
     gates = "my_package.pruning:RULES"
 
     [project.entry-points."fxprune.repairs"]
@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 import fxprune
 from fxprune.structure.flow import Flow
 from fxprune.structure.labels import Labels
-from fxprune.structure.repair import Remains
+from fxprune.structure.rules.repair import Remains
 
 
 @torch.library.custom_op("examples::leaky_gate", mutates_args=())

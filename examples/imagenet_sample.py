@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fxprune.data import Data
+from fxprune.data.images import Scaling
+from fxprune.data.roles import Data
 from fxprune.errors import InputError
-from fxprune.inputs.images import Scaling
 
 HALF_SCALING = Scaling(mean=(0.5,), std=(0.5,))
 

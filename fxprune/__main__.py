@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fxprune.cli import main
+from fxprune.cli.commands import main
 
 main()

@@ -20,7 +20,7 @@ from fxprune.passes.remove_blocks import RemoveBlocks
 from fxprune.passes.remove_channels import RemoveChannels
 from fxprune.passes.sparsify import Sparsify
 from fxprune.passes.train_quantized import TrainQuantized
-from fxprune.pipeline import Pass
+from fxprune.pipeline.contract import Pass
 
 ALL: tuple[type[Pass], ...] = (
     RemoveBlocks,

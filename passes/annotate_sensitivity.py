@@ -21,15 +21,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fxprune.context import Context
-from fxprune.facts import SENSITIVITY
+from fxprune.graph.facts import SENSITIVITY, Preference
 from fxprune.graph.program import Program
-from fxprune.pipeline import Facts, Outcome, Pass, Skip
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
 from fxprune.sensitivity.model import LabelSource, Precision
+from fxprune.sensitivity.running_stats import StoppingRule
 from fxprune.sensitivity.scores import measure
-from fxprune.sensitivity.tally import StoppingRule
 from fxprune.sensitivity.task import Criterion, Estimator, Negative, Settings
-from fxprune.structure.choices import Preference
 from fxprune.structure.groups import find_groups
 
 META = "fxprune.sensitivity"

@@ -19,11 +19,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fxprune.context import Context
-from fxprune.facts import CALIBRATED, CONVERTED, MASKS, REMOVED
+from fxprune.graph.facts import CALIBRATED, CONVERTED, MASKS, REMOVED
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import drop_unused
-from fxprune.pipeline import Facts, Outcome, Pass
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass
 from fxprune.quantization.codes import convert
 
 

@@ -21,10 +21,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from fxprune.context import Context
-from fxprune.facts import MASKS, REMOVED
+from fxprune.graph.facts import MASKS, REMOVED
 from fxprune.graph.program import Program
-from fxprune.pipeline import Facts, Outcome, Pass
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass
 from fxprune.training.guarding import guarded
 from fxprune.training.loop import Schedule, train
 from fxprune.training.norms import restate_norms

@@ -25,13 +25,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxprune.context import Context
-from fxprune.facts import MASKS, REMOVED
-from fxprune.graph.calls import argument, packet_of
+from fxprune.graph.facts import MASKS, REMOVED
+from fxprune.graph.node_args import argument, packet_of
 from fxprune.graph.program import Program, shape_of
 from fxprune.graph.surgery import drop_unused, read_tensor, replace_node, set_tensor, unused_name
-from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.structure.joins import makers, read_elsewhere
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
+from fxprune.structure.concat_sources import makers, read_elsewhere
 
 aten = torch.ops.aten
 # By layer, the dimension of its weight that counts output channels.

@@ -31,13 +31,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from fxprune.context import Context
 from fxprune.errors import InputError
-from fxprune.facts import REMOVED
+from fxprune.graph.facts import REMOVED
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import insert_call, replace_node
 from fxprune.implants.attention_cuts import Cut, Draft, Product, cuts_of
-from fxprune.implants.attention_places import Attention, attentions, written_out
 from fxprune.implants.attention_ranks import (
     Basis,
     HeadMoments,
@@ -48,7 +46,9 @@ from fxprune.implants.attention_ranks import (
     shift_output,
     value_basis,
 )
-from fxprune.pipeline import Facts, Outcome, Pass, Skip
+from fxprune.implants.attention_sites import Attention, attentions, written_out
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
 from fxprune.structure.groups import find_groups
 from fxprune.structure.removal import remove_units
 

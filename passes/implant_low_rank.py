@@ -22,16 +22,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from fxprune.context import Context
 from fxprune.errors import InputError, PreconditionError
-from fxprune.facts import PLAN, REMOVED, Plan
+from fxprune.graph.facts import PLAN, REMOVED, Plan
 from fxprune.graph.program import Program, shape_of
 from fxprune.implants.fits import fit
-from fxprune.implants.kinds import Implant, Kind, Site
+from fxprune.implants.implant_types import Implant, Kind, Site
 from fxprune.implants.moments import Moments, Sampling, measure
-from fxprune.implants.places import named_sites, output_scale, rows_of, sites_of, units_last
+from fxprune.implants.sites import named_sites, output_scale, rows_of, sites_of, units_last
 from fxprune.implants.surgery import finish, put_implant
-from fxprune.pipeline import Facts, Outcome, Pass, Skip
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
 from fxprune.structure.groups import Group, find_groups
 
 

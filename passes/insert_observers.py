@@ -33,15 +33,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxprune.context import Context
-from fxprune.facts import MASKS, OBSERVED, REMOVED, Quantized
-from fxprune.graph.calls import packet_of
+from fxprune.graph.custom_ops import DEQUANTIZE, FAKE_QUANTIZE
+from fxprune.graph.decompose import spell_attention, spell_means
+from fxprune.graph.facts import MASKS, OBSERVED, REMOVED, Quantized
+from fxprune.graph.node_args import packet_of
 from fxprune.graph.program import Program
-from fxprune.graph.spelling import spell_attention, spell_means
-from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.quantization.ops import DEQUANTIZE, FAKE_QUANTIZE
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
+from fxprune.quantization.fake_quantizers import observe, sites, sums_overflow
 from fxprune.quantization.patterns import is_depthwise, is_product, pattern_of, place, weight_name
-from fxprune.quantization.stages import observe, sites, sums_overflow
 from fxprune.quantization.timing import Pace, paces
 
 aten = torch.ops.aten

@@ -23,28 +23,25 @@ from typing import ClassVar, get_args
 
 import numpy as np
 
-from fxprune.context import Context
 from fxprune.errors import BudgetError, InputError
-from fxprune.facts import PLAN, SENSITIVITY, Plan, Sensitivity
+from fxprune.graph.cost import cost
+from fxprune.graph.facts import PLAN, SENSITIVITY, Plan, Sensitivity
 from fxprune.graph.program import Program
 from fxprune.implants.planning import implant_share, plan_tiers
 from fxprune.latency.bench import Bench
 from fxprune.latency.plan import bench_for, solve_and_try
-from fxprune.passes.recalibrate_norms import RecalibrateNorms
-from fxprune.passes.reconstruct import Reconstruct
-from fxprune.pipeline import Facts, Outcome, Pass
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass
 from fxprune.planning.budget import Name, Target
-from fxprune.planning.cost import cost, cost_model
-from fxprune.planning.cuts import Problem
-from fxprune.planning.ledger import Costs, Ledger, Ledgers
+from fxprune.planning.cost_evaluator import Costs, Ledger, Ledgers
+from fxprune.planning.cost_model import cost_model
+from fxprune.planning.problem import Problem
 from fxprune.planning.ranking import Normalize, cheapest_first, losses
 from fxprune.planning.selection import candidates, shares
 from fxprune.planning.widths import DEPTHWISE_FLOOR, Rounding, widths
 from fxprune.structure.groups import Group, find_groups
 from fxprune.structure.merging import Ints
 from fxprune.structure.removal import remove_units
-
-MEND = RecalibrateNorms(samples=256), Reconstruct(samples=256)  # before plans are judged
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ class PlanChannels(Pass):
         with bench_for(self.targets, program, context) as bench:
             problem = self._problem(program, context, groups, sensitivity, bench)
             if self.implant_ratio:
-                plan, found = plan_tiers(program, context, groups, problem, sensitivity, self, MEND)
+                plan, found = plan_tiers(program, context, groups, problem, sensitivity, self)
             else:
                 found, timed = solve_and_try(problem, bench, cut, self.corrections)
                 plan = Plan({g.name: tuple(units) for g, units in doomed(found.removed).items()})

@@ -13,20 +13,21 @@ called several times counts all its calls. No gradient is taken. Instance norms 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import fx
 
-from fxprune.context import Context
-from fxprune.facts import MASKS, PLAN, REMOVED
+from fxprune.graph.facts import MASKS, PLAN, REMOVED
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
-from fxprune.pipeline import Facts, Outcome, Pass, Skip
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
 from fxprune.training.norms import measure_norms, norms_of
 
 aten = torch.ops.aten
+TRIAL_SAMPLES = 256  # where plans are tried
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class RecalibrateNorms(Pass):
 
     name: ClassVar[str] = "recalibrate-norms"
     keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS, PLAN})
+
+    def for_trials(self) -> RecalibrateNorms:
+        """Use few samples."""
+        return replace(self, samples=min(self.samples, TRIAL_SAMPLES))
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Measure and replace; changes counts the norms."""

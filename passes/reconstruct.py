@@ -26,25 +26,24 @@ readers other than layers, are left alone.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
 
-from fxprune.context import Context
-from fxprune.data import batches
+from fxprune.calibration.running import fixed_batch, placed
+from fxprune.data.batches import batches
 from fxprune.errors import InputError
-from fxprune.facts import MASKS, PLAN, REMOVED
+from fxprune.graph.cost import activation_bytes, cost
+from fxprune.graph.facts import MASKS, PLAN, REMOVED
 from fxprune.graph.program import Program
-from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.planning.cost import activation_bytes, cost
-from fxprune.reconstruction.activations import Store
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
+from fxprune.reconstruction.driver import GIB, Mended, Reconstruction
+from fxprune.reconstruction.incremental_run import Store
+from fxprune.reconstruction.layer_solvers import Settings
 from fxprune.reconstruction.lookahead import Curvature, Solver
-from fxprune.reconstruction.menders import Settings
-from fxprune.reconstruction.walk import GIB, Mended, Reconstruction
-from fxprune.training.evaluate import fixed_batch
-from fxprune.training.loop import placed
 
 # Bytes of all values of a batch beyond which memory that is new to the process at every operator
 # takes longer than smaller batches do: a forward pass of MobileNetV2 takes 75 ms of processor time
@@ -52,6 +51,7 @@ from fxprune.training.loop import placed
 QUICK = 2**30
 # What ``auto`` looks ahead, and the multiply-accumulates of one run over the samples up to which it
 # does: looking ahead from every layer then takes some four minutes of processor time, 2.7 ns each.
+TRIAL_SAMPLES = 256  # where plans are tried
 AHEAD = 12
 AFFORDABLE = 1e11
 
@@ -104,6 +104,10 @@ class Reconstruct(Pass):
     def __post_init__(self) -> None:
         if isinstance(self.lookahead, str) and self.lookahead != "auto":
             raise InputError(f"lookahead is {self.lookahead}; it must be auto or a whole number")
+
+    def for_trials(self) -> Reconstruct:
+        """Solve for the layers alone, on few samples."""
+        return replace(self, samples=min(self.samples, TRIAL_SAMPLES), lookahead=0, solver="own")
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Re-fit; changes counts layers."""

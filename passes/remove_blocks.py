@@ -31,18 +31,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fxprune.context import Context
-from fxprune.data import batches
+from fxprune.calibration.outputs import logits_of
+from fxprune.calibration.running import fixed_batch, placed
+from fxprune.data.batches import batches
 from fxprune.errors import InputError, PostconditionError
-from fxprune.facts import MASKS, REMOVED
+from fxprune.graph.cost import cost
+from fxprune.graph.facts import MASKS, REMOVED
 from fxprune.graph.program import Program
-from fxprune.pipeline import Facts, Outcome, Pass
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass
 from fxprune.planning.blocks import Gone, Shift, remove_blocks
 from fxprune.planning.budget import Target
-from fxprune.planning.cost import cost
 from fxprune.structure.branches import Branch, find_branches, silence_error
-from fxprune.training.evaluate import fixed_batch, logits_of
-from fxprune.training.loop import placed
 
 EXACT = 1e-5  # relative, single precision
 

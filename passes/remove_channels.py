@@ -19,11 +19,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from fxprune.context import Context
 from fxprune.errors import PreconditionError
-from fxprune.facts import MASKS, PLAN, REMOVED
+from fxprune.graph.facts import MASKS, PLAN, REMOVED
 from fxprune.graph.program import Program
-from fxprune.pipeline import Facts, Outcome, Pass
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass
 from fxprune.structure.groups import find_groups
 from fxprune.structure.removal import remove_units
 

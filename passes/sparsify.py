@@ -24,13 +24,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fxprune.context import Context
+from fxprune.calibration.layer_matrix import Layer, layers
 from fxprune.errors import InputError
-from fxprune.facts import MASKS, REMOVED, Masks
+from fxprune.graph.facts import MASKS, REMOVED, Masks
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
-from fxprune.pipeline import Facts, Outcome, Pass, Skip
-from fxprune.reconstruction.layers import Layer, layers
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
 from fxprune.reconstruction.masks import (
     blocked,
     blocks_of,

@@ -26,17 +26,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from fxprune.context import Context
-from fxprune.facts import CALIBRATED, MASKS, OBSERVED, REMOVED
+from fxprune.graph.facts import CALIBRATED, MASKS, OBSERVED, REMOVED
 from fxprune.graph.program import Program
-from fxprune.pipeline import Facts, Outcome, Pass
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass
 from fxprune.quantization.bias import correct_biases
+from fxprune.quantization.fake_quantizers import remeasure, settle, sites, walk
 from fxprune.quantization.layer_costs import rounding_costs
 from fxprune.quantization.observers import Method
 from fxprune.quantization.recovery import recover
 from fxprune.quantization.rounding import round_weights, told
 from fxprune.quantization.scales import learned_scales
-from fxprune.quantization.stages import remeasure, settle, sites, walk
 from fxprune.training.guarding import guarded
 from fxprune.training.loop import Epoch, Schedule, train
 

@@ -7,11 +7,11 @@ from support import randomise_norms, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.context import Context
-from fxprune.data import Data
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Arrays
 from fxprune.passes import ConvertQuantized, FoldBatchNorm, InsertObservers, TrainQuantized
+from fxprune.pipeline.context import Context
 
 
 class Shortcuts(nn.Module):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune import trace
-from fxprune.context import Context
-from fxprune.data import Data
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Arrays
+from fxprune.pipeline.context import Context
 
 SIZE = 5  # samples
 

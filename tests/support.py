@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxprune
-from fxprune.context import Context
 from fxprune.graph.program import Program
 from fxprune.graph.text import graph_text
-from fxprune.pipeline import Outcome, Pass
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Outcome, Pass
 from fxprune.structure.groups import Group
 
 # The largest relative error between two ways to compute one function, once for all tests.

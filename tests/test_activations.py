@@ -8,7 +8,7 @@ from support import assert_same, randomise_norms, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.reconstruction.activations import Store, Walk
+from fxprune.reconstruction.incremental_run import Store, Walk
 
 
 class Skip(nn.Module):

@@ -10,12 +10,13 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult  # noqa: TID251  # what is adapted to
 from torch.fx.passes.infra.pass_manager import PassManager  # noqa: TID251
 
-from fxprune.adapters import as_fx_pass, from_function
-from fxprune.context import Context
 from fxprune.errors import InputError, PostconditionError
 from fxprune.graph.program import Fact, Program
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
-from fxprune.pipeline import Facts, Outcome, Pass, Pipeline
+from fxprune.pipeline.adapters import as_fx_pass, from_function
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass
+from fxprune.pipeline.driver import Pipeline
 
 aten = torch.ops.aten
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))

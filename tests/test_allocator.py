@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from fxprune.allocator import keep_freed_memory
+from fxprune.cli.allocator import keep_freed_memory
 
 REUSED = """
 import ctypes, resource
-from fxprune.allocator import keep_freed_memory
+from fxprune.cli.allocator import keep_freed_memory
 assert {tuned} is False or keep_freed_memory()
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune import find_groups, remove_units
-from fxprune.context import Context
-from fxprune.data import Data
-from fxprune.facts import SENSITIVITY, Slot
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
+from fxprune.graph.facts import SENSITIVITY, Slot
 from fxprune.graph.program import Program
 from fxprune.graph.text import graph_text
-from fxprune.inputs.datasets import Arrays
 from fxprune.passes.annotate_sensitivity import META, AnnotateSensitivity
-from fxprune.pipeline import Outcome
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Outcome
 
 
 class Branches(nn.Module):

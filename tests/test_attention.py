@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.context import Context
-from fxprune.facts import Slot
+from fxprune.graph.facts import Preference, Slot
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
-from fxprune.structure.choices import Preference
+from fxprune.pipeline.context import Context
 
 
 class Attention(nn.Module):

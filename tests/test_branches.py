@@ -10,7 +10,7 @@ from support import trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.facts import MASKS, Masks
+from fxprune.graph.facts import MASKS, Masks
 from fxprune.graph.text import graph_text
 from fxprune.structure.branches import Branch, find_branches, remove_branch, silence_error
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxprune.graph.calls import argument, arguments, assign, packet_of, paddings
+from fxprune.graph.node_args import argument, arguments, assign, packet_of, paddings
 
 aten = torch.ops.aten
 

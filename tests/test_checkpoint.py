@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.facts import SENSITIVITY, Plan, Sensitivity
+from fxprune.graph.cost import Cost
+from fxprune.graph.facts import SENSITIVITY, Plan, Sensitivity
 from fxprune.graph.program import Program
 from fxprune.graph.trace import trace
 from fxprune.passes import AnnotateSensitivity, RemoveChannels
-from fxprune.pipeline import Entry, Outcome, Skip
-from fxprune.planning.cost import Cost
+from fxprune.pipeline.contract import Outcome, Skip
+from fxprune.pipeline.driver import Entry
 from fxprune.run.checkpoint import Checkpoint, Journal, fingerprint
 
 COST = Cost(1, 2, 3)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.data import as_data
+from fxprune.data.roles import as_data
 from fxprune.errors import InputError, PostconditionError
 from fxprune.graph.program import Program
 from fxprune.graph.trace import trace

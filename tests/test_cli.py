@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from fxprune.cli import app
+from fxprune.cli.commands import app
 from fxprune.passes import ALL, RecalibrateNorms
-from fxprune.pipeline import Outcome
+from fxprune.pipeline.contract import Outcome
 
 FACTORY = """
 from torch import nn

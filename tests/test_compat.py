@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from fxprune.compat import enable_torchvision, suppress_overlaps
+from fxprune.models.compat import enable_torchvision, suppress_overlaps
 
 
 def overlap(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -44,7 +44,7 @@ def test_torchvision_and_timm_import_afterwards_and_twice_is_once() -> None:
     if find_spec("timm") is None:
         pytest.skip("timm is not installed")
     script = """
-from fxprune.compat import enable_torchvision
+from fxprune.models.compat import enable_torchvision
 enable_torchvision()
 enable_torchvision()
 import torch, torchvision, timm

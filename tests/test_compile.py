@@ -13,8 +13,8 @@ import fxprune
 from fxprune.errors import InputError
 from fxprune.onnx.export import initialiser_elements
 from fxprune.passes import FoldBatchNorm, PlanChannels, RecalibrateNorms
-from fxprune.pipeline import Outcome
-from fxprune.progress import Tracker
+from fxprune.pipeline.contract import Outcome
+from fxprune.pipeline.progress import Tracker
 from fxprune.run.checkpoint import FOLDER
 from fxprune.run.compile import Result
 from fxprune.run.options import Options, make_options, resolve

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune import passes
-from fxprune.context import Context
-from fxprune.data import Data
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
 from fxprune.errors import PreconditionError
 from fxprune.graph.program import Program
 from fxprune.graph.text import graph_text
-from fxprune.inputs.datasets import Arrays
-from fxprune.pipeline import Pass, Pipeline
-from fxprune.text.pipelines import parse
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Pass
+from fxprune.pipeline.driver import Pipeline
+from fxprune.pipeline.text import parse
 
 # Options that make a pass quick on the stock models, or that it cannot do without.
 QUICK: dict[str, dict[str, Any]] = {

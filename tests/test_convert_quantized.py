@@ -14,17 +14,18 @@ from support import relative_error, trace
 from torch import nn
 
 import fxprune
-import fxprune.quantization.checks
-from fxprune.context import Context
-from fxprune.data import Data, batches
+import fxprune.run.quantized_checks
+from fxprune.data.batches import batches
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
+from fxprune.graph.cost import cost
 from fxprune.graph.text import graph_text
-from fxprune.inputs.datasets import Arrays
 from fxprune.onnx.export import export_onnx
+from fxprune.onnx.quantized_nodes import inspect_fusion
 from fxprune.passes import ConvertQuantized, InsertObservers, TrainQuantized
-from fxprune.pipeline import Pipeline
-from fxprune.planning.cost import cost
-from fxprune.quantization.checks import check_agreement, check_fusion
-from fxprune.quantization.onnx_nodes import inspect_fusion
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.driver import Pipeline
+from fxprune.run.quantized_checks import check_agreement, check_fusion
 from fxprune.training.evaluate import run_onnx, run_program
 
 X = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -161,7 +162,7 @@ def test_predictions_may_differ_as_much_as_they_do_in_one_runtime(
     def run(path: Path, *, fused: bool = True) -> Any:
         return run_onnx(path) if fused else run_program(other)
 
-    monkeypatch.setattr(fxprune.quantization.checks, "run_onnx", run)
+    monkeypatch.setattr(fxprune.run.quantized_checks, "run_onnx", run)
     assert check_agreement(other, path, context.samples).passed
 
 

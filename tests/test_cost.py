@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxprune
-from fxprune.planning.cost import activation_bytes
+from fxprune.graph.cost import activation_bytes
 
 
 @given(designs())

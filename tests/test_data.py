@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from fxprune.data import Data, as_data, batches
+from fxprune.data.batches import batches
+from fxprune.data.roles import Data, as_data
 from fxprune.errors import InputError
 
 

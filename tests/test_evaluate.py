@@ -6,20 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.data import as_data
+from fxprune.calibration.outputs import class_axis, logits_of
+from fxprune.calibration.running import fixed_batch
+from fxprune.data.datasets import Samples
+from fxprune.data.roles import as_data
 from fxprune.graph.program import Program
 from fxprune.graph.trace import trace
-from fxprune.inputs.datasets import Samples
 from fxprune.onnx.export import export_onnx
-from fxprune.training.evaluate import (
-    Evaluation,
-    class_axis,
-    evaluate,
-    fixed_batch,
-    logits_of,
-    run_onnx,
-    run_program,
-)
+from fxprune.training.evaluate import Evaluation, evaluate, run_onnx, run_program
 
 COUNT = 23
 

@@ -11,11 +11,11 @@ import torch
 
 from examples.cifar10 import data as cifar10_data
 from examples.cifar10 import resnet
-from fxprune.data import batches
+from fxprune.data.batches import batches
+from fxprune.data.sources import load_data
 from fxprune.errors import InputError
 from fxprune.graph.serialize import load
-from fxprune.inputs.loading import load_model
-from fxprune.inputs.sources import load_data
+from fxprune.models.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ROOT / "examples" / "digits" / "digits.safetensors"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.errors import InputError, PostconditionError
-from fxprune.latency.turns import compare
+from fxprune.onnx.benchmark import compare
 from fxprune.onnx.export import export_onnx, initialiser_elements
 from fxprune.structure.verify import sample_units
 

@@ -6,11 +6,11 @@ from test_training import context, network, task
 from torch import nn
 
 from fxprune import trace
-from fxprune.context import Context
-from fxprune.facts import MASKS, Masks
+from fxprune.graph.facts import MASKS, Masks
 from fxprune.graph.text import graph_text
 from fxprune.passes.finetune import Finetune
-from fxprune.pipeline import Outcome
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Outcome
 
 
 def test_trains_and_keeps_the_graph_and_the_masks() -> None:

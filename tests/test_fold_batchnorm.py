@@ -5,10 +5,10 @@ import torch
 from support import assert_same, check, randomise_norms, trace
 from torch import Tensor, nn
 
-from fxprune.context import Context
 from fxprune.graph.text import graph_text
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
-from fxprune.pipeline import Outcome
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Outcome
 
 X = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 

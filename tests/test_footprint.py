@@ -8,9 +8,9 @@ from support import trace
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from fxprune.calibration.layer_matrix import layers
 from fxprune.graph.program import Program
 from fxprune.reconstruction.footprint import MARGIN, per_sample
-from fxprune.reconstruction.layers import layers
 from fxprune.reconstruction.lookahead import Curvature, Lookahead, variables
 from fxprune.reconstruction.region import Region, comparable, cut
 

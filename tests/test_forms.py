@@ -12,13 +12,14 @@ from torch import nn
 import fxprune
 from fxprune.errors import InputError
 from fxprune.graph.program import Program
-from fxprune.latency.turns import Latency
+from fxprune.onnx.benchmark import Latency
 from fxprune.onnx.export import ExportCheck
+from fxprune.onnx.quantized_nodes import is_quantized
 from fxprune.passes import TrainQuantized
-from fxprune.pipeline import Outcome
-from fxprune.quantization.onnx_nodes import is_quantized
+from fxprune.pipeline.contract import Outcome
+from fxprune.pipeline.progress import Tracker
+from fxprune.run.candidates import Forms, choose
 from fxprune.run.compile import Result
-from fxprune.run.forms import Forms, choose
 from fxprune.run.measure import Emission, emit
 from fxprune.training.evaluate import Evaluation
 
@@ -26,7 +27,7 @@ MADE: Any = object()  # stands for a program
 QUICK: dict[str, Any] = {
     "latency_seconds": 0.02,
     "verify": False,
-    "progress": fxprune.progress.Tracker(False),
+    "progress": Tracker(False),
 }
 
 
@@ -90,7 +91,7 @@ def compiled(model: nn.Module, monkeypatch: pytest.MonkeyPatch, pace: float, **m
             found["int8"] = replace(found["int8"], latency=times)
         return found
 
-    monkeypatch.setattr("fxprune.run.forms.emit", hurried)
+    monkeypatch.setattr("fxprune.run.candidates.emit", hurried)
     torch.manual_seed(0)
     x = torch.randn(96, 3, 8, 8)
     with torch.no_grad():

@@ -8,8 +8,8 @@ import torch
 from support import trace
 from torch import nn
 
-from fxprune.compat import enable_torchvision
 from fxprune.graph.program import Program
+from fxprune.models.compat import enable_torchvision
 from fxprune.structure.groups import find_groups
 
 enable_torchvision()

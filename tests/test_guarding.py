@@ -5,7 +5,7 @@ import torch
 from support import trace
 from test_training import PLAIN, context, network, task
 
-from fxprune.context import Context
+from fxprune.pipeline.context import Context
 from fxprune.training.guarding import SHARES, guarded
 from fxprune.training.loop import Epoch, train
 

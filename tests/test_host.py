@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fxprune.latency.host import cache_folder, features, peak_memory, processor
+from fxprune.host import cache_folder, features, peak_memory, processor
 
 
 def test_names_the_processor() -> None:

@@ -11,11 +11,11 @@ from support import assert_same, relative_error, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.context import Context
-from fxprune.data import Data
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
+from fxprune.graph.cost import cost
 from fxprune.graph.program import Program
 from fxprune.graph.serialize import load, save
-from fxprune.implants.attention_places import Projection, attentions
 from fxprune.implants.attention_ranks import (
     change_inputs,
     change_outputs,
@@ -23,7 +23,7 @@ from fxprune.implants.attention_ranks import (
     score_basis,
     value_basis,
 )
-from fxprune.inputs.datasets import Arrays
+from fxprune.implants.attention_sites import Projection, attentions
 from fxprune.onnx.export import export_onnx
 from fxprune.passes import (
     ConvertQuantized,
@@ -34,7 +34,7 @@ from fxprune.passes import (
     Reconstruct,
     TrainQuantized,
 )
-from fxprune.planning.cost import cost
+from fxprune.pipeline.context import Context
 from fxprune.training.evaluate import run_onnx
 
 X = torch.randn(24, 6, 16, generator=torch.Generator().manual_seed(0))

@@ -9,14 +9,14 @@ from support import assert_same, relative_error, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.context import Context
-from fxprune.data import Data
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
 from fxprune.errors import InputError
 from fxprune.graph.program import Program
 from fxprune.implants.fits import fit
-from fxprune.implants.kinds import Implant, Kind, Site, site_of
+from fxprune.implants.implant_types import Implant, Kind, Site, site_of
 from fxprune.implants.moments import Moments, Sampling, features, measure
-from fxprune.inputs.datasets import Arrays
+from fxprune.pipeline.context import Context
 
 GENERATOR = torch.Generator().manual_seed(0)
 # Neighbours and channels are correlated, as those of images are.

@@ -11,14 +11,14 @@ from support import assert_same, randomise_norms, relative_error, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.context import Context
-from fxprune.data import Data
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
 from fxprune.errors import PreconditionError
-from fxprune.facts import PLAN, REMOVED, Plan
+from fxprune.graph.cost import cost
+from fxprune.graph.facts import PLAN, REMOVED, Plan
 from fxprune.graph.program import Program
 from fxprune.graph.serialize import load, save
 from fxprune.graph.text import graph_text
-from fxprune.inputs.datasets import Arrays
 from fxprune.onnx.export import export_onnx
 from fxprune.passes import (
     ConvertQuantized,
@@ -31,8 +31,8 @@ from fxprune.passes import (
     RemoveChannels,
     TrainQuantized,
 )
-from fxprune.pipeline import Outcome
-from fxprune.planning.cost import cost
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Outcome
 from fxprune.structure.groups import find_groups
 from fxprune.training.evaluate import run_onnx
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,19 +10,19 @@ from support import randomise_norms, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.context import Context
-from fxprune.data import Data
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
 from fxprune.errors import InputError
-from fxprune.facts import PLAN, SENSITIVITY, Sensitivity
+from fxprune.graph.cost import cost
+from fxprune.graph.facts import PLAN, SENSITIVITY, Sensitivity
 from fxprune.graph.program import Program
+from fxprune.implants.evaluation import Trials
 from fxprune.implants.fits import fit
-from fxprune.implants.kinds import Kind
+from fxprune.implants.implant_types import Kind
+from fxprune.implants.low_rank_layers import ranks_of, spectrum, with_layers
 from fxprune.implants.moments import Sampling, measure
-from fxprune.implants.places import output_scale, sites_of
 from fxprune.implants.planning import implant_share
-from fxprune.implants.trial import Trials
-from fxprune.implants.whole_layers import ranks_of, spectrum, with_layers
-from fxprune.inputs.datasets import Arrays
+from fxprune.implants.sites import output_scale, sites_of
 from fxprune.passes import (
     ImplantLowRank,
     PlanChannels,
@@ -29,9 +30,10 @@ from fxprune.passes import (
     Reconstruct,
     RemoveChannels,
 )
-from fxprune.planning.cost import cost, cost_model
-from fxprune.planning.cuts import Problem
-from fxprune.planning.ledger import Ledger
+from fxprune.pipeline.context import Context
+from fxprune.planning.cost_evaluator import Ledger
+from fxprune.planning.cost_model import cost_model
+from fxprune.planning.problem import Problem
 from fxprune.planning.widths import Rounding
 from fxprune.structure.groups import find_groups
 
@@ -114,7 +116,8 @@ MEND = RecalibrateNorms(), Reconstruct()
 @torch.no_grad()
 def test_plans_are_judged_once_mended() -> None:
     program = scored()
-    PlanChannels(macs=0.6, round_to=2, implant_ratio="auto", tolerance=0.05)(program, CONTEXT)
+    recovering = replace(CONTEXT, recovery=MEND)
+    PlanChannels(macs=0.6, round_to=2, implant_ratio="auto", tolerance=0.05)(program, recovering)
     mixed, small = program.get(PLAN), scored()
     assert mixed.kinds
     PlanChannels(macs=0.6, round_to=2, tolerance=0.05)(small, CONTEXT)
@@ -122,7 +125,7 @@ def test_plans_are_judged_once_mended() -> None:
     groups = find_groups(program)
     sites, _ = sites_of(program, {group: range(len(group.units)) for group in groups})
     moments = measure(program, sites, CONTEXT, ALL)
-    trials = Trials(program, groups, moments, CONTEXT, 6, 3, MEND)
+    trials = Trials(program, groups, moments, recovering, 6, 3)
     assert trials.moved(mixed) < trials.moved(alone)
 
     chosen = torch.randperm(24, generator=torch.Generator().manual_seed(CONTEXT.seed))

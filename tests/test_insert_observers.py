@@ -9,16 +9,16 @@ from quantized_nets import observed, shortcuts
 from support import check, trace
 from torch import Tensor, nn
 
-from fxprune.context import Context
-from fxprune.facts import OBSERVED
-from fxprune.latency.shapes import Shape
+from fxprune.graph.facts import OBSERVED
+from fxprune.latency.layer_config import Shape
+from fxprune.onnx.quantized_nodes import inspect_fusion
 from fxprune.passes import InsertObservers
-from fxprune.pipeline import Skip
-from fxprune.progress import Tracker
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Skip
+from fxprune.pipeline.progress import Tracker
 from fxprune.quantization import timing as quantization_timing
-from fxprune.quantization.onnx_nodes import inspect_fusion
+from fxprune.quantization.fake_quantizers import sites
 from fxprune.quantization.patterns import pattern_of
-from fxprune.quantization.stages import sites
 from fxprune.quantization.timing import paces, timed_model
 
 IMAGE = torch.randn(2, 3, 8, 8)

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from fxprune.errors import InputError
-from fxprune.latency.turns import compare, open_session, random_inputs
+from fxprune.onnx.benchmark import compare, open_session, random_inputs
 
 
 def product(path: Path, size: int, dtype: int = TensorProto.FLOAT) -> Path:

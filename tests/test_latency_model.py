@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fxprune.graph.program import Program
 from fxprune.latency.cache import Host, Timing
+from fxprune.latency.layer_config import Shape
 from fxprune.latency.model import Calibration, LatencyLedger
-from fxprune.latency.shapes import Shape
 from fxprune.latency.table import Table
 from fxprune.latency.terms import Axis, elements_of, latency_terms, shapes_of
 from fxprune.structure.groups import Group, find_groups

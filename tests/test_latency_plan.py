@@ -11,20 +11,20 @@ from support import trace
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.context import Context
 from fxprune.errors import BudgetError
-from fxprune.facts import PLAN, SENSITIVITY, Sensitivity
+from fxprune.graph.facts import PLAN, SENSITIVITY, Sensitivity
 from fxprune.graph.program import Program
 from fxprune.latency.bench import LAYERS, Bench, calibrate
 from fxprune.latency.cache import Host
 from fxprune.latency.model import Calibration
 from fxprune.latency.plan import AIM, bench_for, solve_and_try
-from fxprune.latency.profile import Profiled
 from fxprune.latency.table import Table
+from fxprune.onnx.profile import Profiled
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
+from fxprune.pipeline.context import Context
 from fxprune.planning.budget import Quantity, Target
-from fxprune.planning.cuts import Problem
-from fxprune.planning.ledger import Floats
+from fxprune.planning.cost_evaluator import Floats
+from fxprune.planning.problem import Problem
 from fxprune.structure.groups import find_groups
 from fxprune.structure.merging import Ints
 

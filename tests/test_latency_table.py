@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fxprune.graph.program import Program, shape_of
 from fxprune.latency.cache import Host, Timing
+from fxprune.latency.layer_config import Shape, model_of
 from fxprune.latency.layers import layers, others
-from fxprune.latency.shapes import Shape, model_of
 from fxprune.latency.table import Table
-from fxprune.latency.turns import open_session, random_inputs
+from fxprune.onnx.benchmark import open_session, random_inputs
 
 
 def shapes_of(program: Program, batch: int = 1) -> list[Shape]:

@@ -8,8 +8,8 @@ from support import trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.graph.calls import argument
-from fxprune.reconstruction.layers import Some, blocks, layers, output_shape, weight_rows
+from fxprune.calibration.layer_matrix import Some, blocks, layers, output_shape, weight_rows
+from fxprune.graph.node_args import argument
 
 KINDS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "conv": (nn.Conv2d(4, 6, 3, padding=1), (3, 4, 7, 5)),

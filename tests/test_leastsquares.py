@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import fxprune.reconstruction.leastsquares
+import fxprune.calibration.least_squares
+from fxprune.calibration.least_squares import Moments, factorise, solve
 from fxprune.errors import FxpruneError
-from fxprune.reconstruction.leastsquares import Moments, factorise, solve
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -104,7 +104,7 @@ def test_large_masked_systems_are_solved_stepwise(
     keep = torch.rand(2, 6, 24, generator=GENERATOR) > 0.5
     keep[0, 0] = False
     found = [solve(moments(x, r), 1e-3, bias=bias, keep=keep)]
-    monkeypatch.setattr(fxprune.reconstruction.leastsquares, "DIRECT", 0)
+    monkeypatch.setattr(fxprune.calibration.least_squares, "DIRECT", 0)
     found.append(solve(moments(x, r), 1e-3, bias=bias, keep=keep))
     assert not found[1][0][~keep].any()
     for exact, near in zip(*found, strict=True):

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from support import trace
 from torch import nn
 
-from fxprune.planning.cost import cost, cost_model
-from fxprune.planning.ledger import Ledger, Ledgers
+from fxprune.graph.cost import cost
+from fxprune.planning.cost_evaluator import Ledger, Ledgers
+from fxprune.planning.cost_model import cost_model
 from fxprune.structure.groups import find_groups
 from fxprune.structure.removal import remove_units
 

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxprune.errors import InputError
-from fxprune.graph.archives import check_exported
+from fxprune.graph.archive_check import check_exported
 from fxprune.graph.program import Program
-from fxprune.inputs.loading import build, load_model
+from fxprune.models.loading import build, load_model
 
 ARCH = "architectures_for_test:small"
 SOURCE = """
@@ -319,7 +319,7 @@ def test_the_attack_that_is_refused_is_real(place: Path) -> None:
 
 
 def test_arithmetic_is_an_operator_and_setitem_is_not() -> None:
-    from fxprune.graph.archives import _is_operator
+    from fxprune.graph.archive_check import _is_operator
 
     assert _is_operator("_operator.mul")
     assert _is_operator("torch.ops.aten.sym_size.int")

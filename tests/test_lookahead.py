@@ -7,8 +7,8 @@ import torch
 from support import randomise_norms, trace
 from torch import Tensor, nn
 
+from fxprune.calibration.layer_matrix import layers
 from fxprune.graph.program import Program
-from fxprune.reconstruction.layers import layers
 from fxprune.reconstruction.lookahead import Curvature, Lookahead, variables
 from fxprune.reconstruction.newton import Vector, dot
 from fxprune.reconstruction.region import comparable, cut

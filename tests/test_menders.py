@@ -8,12 +8,12 @@ import torch
 from support import trace
 from torch import Tensor, nn
 
-import fxprune.reconstruction.menders
-from fxprune.facts import Removed
+import fxprune.reconstruction.layer_solvers
+from fxprune.calibration.layer_matrix import layers
+from fxprune.graph.facts import Removed
 from fxprune.graph.program import Program
-from fxprune.reconstruction.layers import layers
+from fxprune.reconstruction.layer_solvers import Settings, Site, descend, refit, restrict
 from fxprune.reconstruction.lookahead import Solver
-from fxprune.reconstruction.menders import Settings, Site, descend, refit, restrict
 from fxprune.reconstruction.region import comparable, cut
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -67,7 +67,7 @@ def slope(program: Program, place: Site, *, weighed: bool) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("solver", ["own", "paper"])
 def test_ends_where_the_slope_is_zero(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fxprune.reconstruction.menders, "STAGNANT", 0.0)
+    monkeypatch.setattr(fxprune.reconstruction.layer_solvers, "STAGNANT", 0.0)
     program, place = site(batches=1)
     steep = slope(program, place, weighed=solver == "own")
     found = descend(place, replace(SETTINGS, steps=20, solver=solver))

@@ -5,9 +5,9 @@ import torch
 from support import assert_same, randomise_norms, trace
 from torch import Tensor, nn
 
-from fxprune.context import Context
-from fxprune.data import Data
-from fxprune.inputs.datasets import Arrays
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
+from fxprune.pipeline.context import Context
 from fxprune.training.norms import restate_norms
 
 X = 3 + torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxprune.errors import InputError
-from fxprune.text.values import Scanner, convert, show
+from fxprune.pipeline.values import Scanner, convert, show
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=8)
 CASES: tuple[tuple[Any, st.SearchStrategy[Any]], ...] = (

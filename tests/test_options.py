@@ -4,7 +4,7 @@ import pytest
 
 from fxprune.errors import InputError
 from fxprune.passes import Finetune, FoldBatchNorm, PlanChannels, Reconstruct, RemoveChannels
-from fxprune.pipeline import Pipeline
+from fxprune.pipeline.driver import Pipeline
 from fxprune.planning.budget import Target
 from fxprune.run.options import default_pipeline, make_options, resolve
 

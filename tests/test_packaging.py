@@ -61,7 +61,7 @@ def test_the_wheel_carries_the_licence_and_the_command(wheel: zipfile.ZipFile) -
     (licence,) = (name for name in wheel.namelist() if name.endswith("/LICENSE"))
     assert b"Apache License" in wheel.read(licence)
     (entries,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert b"fxprune = fxprune.cli:main" in wheel.read(entries)
+    assert b"fxprune = fxprune.cli.commands:main" in wheel.read(entries)
 
 
 def test_passes_are_flat() -> None:
@@ -80,7 +80,7 @@ def test_the_command_is_installed() -> None:
     scripts = [point for point in entry_points(group="console_scripts") if point.name == "fxprune"]
     if not scripts:
         pytest.skip("fxprune is not installed, only importable")
-    assert scripts[0].value == "fxprune.cli:main"
+    assert scripts[0].value == "fxprune.cli.commands:main"
 
 
 def test_the_readmes_table_of_passes_is_rendered() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune.errors import InputError
-from fxprune.facts import REMOVED
+from fxprune.graph.facts import REMOVED
 from fxprune.structure.groups import find_groups
 from fxprune.structure.permutation import permute_units
 from fxprune.structure.removal import remove_units

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.context import Context
-from fxprune.errors import FxpruneError, OrderError, PreconditionError
+from fxprune.errors import FxpruneError, InputError, OrderError, PreconditionError
 from fxprune.graph.program import Fact, Program
 from fxprune.graph.trace import trace
-from fxprune.pipeline import Entry, Facts, Outcome, Pass, Pipeline
+from fxprune.passes import FoldBatchNorm, RecalibrateNorms, Reconstruct
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass
+from fxprune.pipeline.driver import Entry, Pipeline
 
 SCORE: Fact[int] = Fact("score")
 PLAN: Fact[int] = Fact("plan")
@@ -146,3 +149,22 @@ def test_goes_on_after_what_is_done(program: Program) -> None:
     assert set(program.facts) == {"score", "plan"}
     report = pipeline.run(program, done=tuple(entries))
     assert [entry.spec for entry in report.entries] == ["score", "plan", "shift"]
+
+
+def test_passes_that_try_plans_get_quick_forms_of_those_that_restore_accuracy(
+    program: Program,
+) -> None:
+    seen: list[tuple[object, ...]] = []
+
+    @dataclass(frozen=True)
+    class Trying(Pass):
+        name: ClassVar[str] = "trying"
+
+        def run(self, program: Program, context: Context) -> Outcome:
+            seen.append(context.recovery)
+            return Outcome()
+
+    norms, layers = RecalibrateNorms(samples=2000), Reconstruct(samples=100, lookahead=2)
+    with contextlib.suppress(InputError):  # there is no data to re-fit on
+        Pipeline([Trying(), norms, FoldBatchNorm(), layers]).run(program)
+    assert seen == [(RecalibrateNorms(samples=256), Reconstruct(samples=100))]

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxprune.context import Context
 from fxprune.errors import InputError, OrderError
 from fxprune.graph.program import Fact, Program
-from fxprune.pipeline import Facts, Outcome, Pass, Pipeline
-from fxprune.text.pipelines import Recipe, parse, read_recipe, write_recipe
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Facts, Outcome, Pass
+from fxprune.pipeline.driver import Pipeline
+from fxprune.pipeline.text import Recipe, parse, read_recipe, write_recipe
 
 SCORE: Fact[int] = Fact("score")
 

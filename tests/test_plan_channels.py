@@ -8,13 +8,13 @@ import torch
 from support import trace
 from torch import Tensor, nn
 
-from fxprune.context import Context
 from fxprune.errors import BudgetError, InputError
-from fxprune.facts import PLAN, SENSITIVITY, Plan, Sensitivity
+from fxprune.graph.cost import cost
+from fxprune.graph.facts import PLAN, SENSITIVITY, Plan, Sensitivity
 from fxprune.graph.program import Program
 from fxprune.passes import PlanChannels
-from fxprune.pipeline import Outcome
-from fxprune.planning.cost import cost
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Outcome
 from fxprune.structure.groups import find_groups
 from fxprune.structure.removal import remove_units
 

@@ -8,8 +8,8 @@ from support import randomise_norms, trace
 from torch import Tensor, nn
 
 import fxprune.reconstruction.precondition
+from fxprune.calibration.layer_matrix import layers
 from fxprune.graph.program import Program
-from fxprune.reconstruction.layers import layers
 from fxprune.reconstruction.lookahead import Lookahead, variables
 from fxprune.reconstruction.newton import Vector, conjugate_gradients
 from fxprune.reconstruction.precondition import preconditioner

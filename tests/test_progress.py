@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fxprune.progress import Tracker
+from fxprune.pipeline.progress import Tracker
 
 
 def test_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:

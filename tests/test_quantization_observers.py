@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxprune.graph.custom_ops import fake_quantize
 from fxprune.quantization.observers import (
     METHODS,
     Observer,
@@ -11,7 +12,6 @@ from fxprune.quantization.observers import (
     divergence,
     weight_scale,
 )
-from fxprune.quantization.ops import fake_quantize
 
 
 def watched(*batches: Tensor) -> Observer:

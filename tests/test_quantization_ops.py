@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from fxprune.quantization.ops import along, dequantize, fake_quantize, observe, quantize
+from fxprune.graph.custom_ops import along, dequantize, fake_quantize, observe, quantize
 
 
 def runtime_codes(x: Tensor, scale: Tensor, zero: Tensor, axis: int) -> tuple[Tensor, Tensor]:

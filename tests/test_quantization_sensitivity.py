@@ -7,13 +7,13 @@ from support import trace
 from torch import nn
 from torch.nn import functional as F
 
-from fxprune.context import Context
-from fxprune.data import Data
-from fxprune.inputs.datasets import Arrays
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
+from fxprune.graph.custom_ops import fake_quantize
 from fxprune.passes import InsertObservers, TrainQuantized
+from fxprune.pipeline.context import Context
+from fxprune.quantization.fake_quantizers import fakes
 from fxprune.quantization.layer_costs import rounding_costs
-from fxprune.quantization.ops import fake_quantize
-from fxprune.quantization.stages import fakes
 
 
 def test_a_linear_model_costs_what_its_gauss_newton_matrix_says() -> None:

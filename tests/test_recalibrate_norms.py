@@ -5,11 +5,11 @@ import torch
 from support import assert_same, randomise_norms, trace
 from torch import Tensor, nn
 
-from fxprune.context import Context
-from fxprune.data import Data
-from fxprune.inputs.datasets import Arrays
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
 from fxprune.passes.recalibrate_norms import RecalibrateNorms
-from fxprune.pipeline import Skip
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Skip
 
 X = torch.randn(50, 3, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

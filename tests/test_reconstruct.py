@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-import fxprune.reconstruction.layers
-import fxprune.reconstruction.walk
-from fxprune.context import Context
-from fxprune.data import Data
+import fxprune.calibration.layer_matrix
+import fxprune.reconstruction.driver
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
 from fxprune.errors import InputError
-from fxprune.facts import MASKS, REMOVED
+from fxprune.graph.facts import MASKS, REMOVED
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Arrays
 from fxprune.passes import Reconstruct, Sparsify
+from fxprune.pipeline.context import Context
 
 X = torch.randn(400, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -220,7 +220,7 @@ def test_is_the_same_every_time() -> None:
 @pytest.mark.parametrize("lookahead", [0, 3])
 def test_transformers_come_nearer_too(lookahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # attention has the batch in its second dimension; values come in several blocks
-    monkeypatch.setattr(fxprune.reconstruction.layers, "BLOCK", 2**12)
+    monkeypatch.setattr(fxprune.calibration.layer_matrix, "BLOCK", 2**12)
 
     class Tokens(nn.Module):
         def __init__(self) -> None:
@@ -241,7 +241,7 @@ def test_transformers_come_nearer_too(lookahead: int, monkeypatch: pytest.Monkey
 
 
 def test_too_large_systems_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fxprune.reconstruction.walk, "MOST_FEATURES", 5)
+    monkeypatch.setattr(fxprune.reconstruction.driver, "MOST_FEATURES", 5)
     program, context = given(linear(), torch.randn(50, 6))
     (skip,) = Reconstruct()(program, context).skips
     assert "6 weights each" in skip.reason

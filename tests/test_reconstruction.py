@@ -5,11 +5,11 @@ from support import trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxprune.calibration.layer_matrix import layers
 from fxprune.graph.program import Program
-from fxprune.reconstruction.activations import Store
-from fxprune.reconstruction.layers import layers
-from fxprune.reconstruction.menders import Settings
-from fxprune.reconstruction.walk import Reconstruction
+from fxprune.reconstruction.driver import Reconstruction
+from fxprune.reconstruction.incremental_run import Store
+from fxprune.reconstruction.layer_solvers import Settings
 
 X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

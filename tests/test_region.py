@@ -5,10 +5,10 @@ from support import assert_same, randomise_norms, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.context import Context
+from fxprune.calibration.layer_matrix import Layer, layers
 from fxprune.graph.program import Program
 from fxprune.passes import FoldBatchNorm
-from fxprune.reconstruction.layers import Layer, layers
+from fxprune.pipeline.context import Context
 from fxprune.reconstruction.region import affine_tail, comparable, cut, slope
 
 X = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.errors import InputError
-from fxprune.planning.cost import cost_model
+from fxprune.planning.cost_model import cost_model
 from fxprune.structure import verify
 from fxprune.structure.groups import Group
 from fxprune.structure.verify import sample_units
@@ -200,7 +200,7 @@ def test_what_is_left_is_recorded_over_several_cuts() -> None:
     program = trace(model, torch.randn(1, 3, 8, 8))
     for _ in range(2):
         fxprune.remove_units(program, {removable(program)[0]: [1]})
-    left = program.get(fxprune.facts.REMOVED).kept["stem_weight"][0]
+    left = program.get(fxprune.graph.facts.REMOVED).kept["stem_weight"][0]
     assert left.tolist() == [0, 3, 4, 5, 6, 7]
     assert torch.equal(program.tensor("stem.weight"), model.stem.weight[left])
 

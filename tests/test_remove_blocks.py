@@ -5,11 +5,11 @@ import torch
 from support import randomise_norms, trace
 from torch import Tensor, nn
 
-from fxprune.context import Context
-from fxprune.data import Data
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
 from fxprune.errors import BudgetError, InputError
+from fxprune.graph.cost import cost
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Arrays
 from fxprune.passes import (
     AnnotateSensitivity,
     PlanChannels,
@@ -17,9 +17,9 @@ from fxprune.passes import (
     RemoveBlocks,
     RemoveChannels,
 )
-from fxprune.pipeline import Pipeline
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.driver import Pipeline
 from fxprune.planning.blocks import remove_blocks
-from fxprune.planning.cost import cost
 from fxprune.structure.branches import Branch, find_branches, remove_branch
 
 X = torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -5,13 +5,13 @@ import torch
 from support import randomise_norms, trace
 from torch import nn
 
-from fxprune.context import Context
 from fxprune.errors import PreconditionError
-from fxprune.facts import PLAN, REMOVED, SENSITIVITY, Plan, Sensitivity
+from fxprune.graph.cost import cost
+from fxprune.graph.facts import PLAN, REMOVED, SENSITIVITY, Plan, Sensitivity
 from fxprune.graph.program import Program
 from fxprune.graph.text import graph_text
 from fxprune.passes import RemoveChannels
-from fxprune.planning.cost import cost
+from fxprune.pipeline.context import Context
 
 MODEL = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
 

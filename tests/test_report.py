@@ -8,8 +8,9 @@ from xml.etree import ElementTree
 import numpy as np
 from rich.console import Console
 
-from fxprune.pipeline import Entry, Outcome, Skip
-from fxprune.planning.cost import Cost
+from fxprune.graph.cost import Cost
+from fxprune.pipeline.contract import Outcome, Skip
+from fxprune.pipeline.driver import Entry
 from fxprune.planning.search import Trial
 from fxprune.report.content import (
     Check,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from fxprune.cli.request import Request, keywords, numbers, split, typed
 from fxprune.errors import InputError
-from fxprune.run.request import Request, keywords, numbers, split, typed
 
 
 def test_keywords_are_json_where_they_can_be() -> None:

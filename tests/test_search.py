@@ -8,14 +8,15 @@ import torch
 from support import trace
 from torch import nn
 
-from fxprune.context import Context
 from fxprune.errors import BudgetError, InputError
-from fxprune.facts import PLAN
+from fxprune.graph.cost import cost
+from fxprune.graph.facts import PLAN
 from fxprune.graph.program import Program
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
-from fxprune.pipeline import Outcome, Pass, Pipeline
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Outcome, Pass
+from fxprune.pipeline.driver import Pipeline
 from fxprune.planning.budget import Target
-from fxprune.planning.cost import cost
 from fxprune.planning.search import Limits, Trial, budgeted, search, winner
 
 MODEL = nn.Sequential(

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune import find_groups, remove_units, trace
-from fxprune.context import Context
-from fxprune.data import Data
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
 from fxprune.errors import FxpruneError, InputError
-from fxprune.inputs.datasets import Arrays
+from fxprune.pipeline.context import Context
 from fxprune.sensitivity.gates import GatedProgram
+from fxprune.sensitivity.running_stats import StoppingRule
 from fxprune.sensitivity.scores import Settings, measure
-from fxprune.sensitivity.tally import StoppingRule
 
 
 def measured(criterion: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,12 @@ from support import assert_same, trace
 from torch.nn import functional as F
 
 from fxprune import find_groups, remove_units
-from fxprune.context import Context
-from fxprune.data import Data
-from fxprune.inputs.datasets import Arrays
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
+from fxprune.pipeline.context import Context
 from fxprune.sensitivity.gates import GatedProgram
+from fxprune.sensitivity.running_stats import StoppingRule
 from fxprune.sensitivity.scores import Settings, measure
-from fxprune.sensitivity.tally import StoppingRule
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

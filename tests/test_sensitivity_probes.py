@@ -14,12 +14,12 @@ from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 
 from fxprune import find_groups, trace
-from fxprune.data import Batch
+from fxprune.data.batches import Batch
 from fxprune.graph.program import Program
 from fxprune.sensitivity.model import Objective, Weights
 from fxprune.sensitivity.probes import Matrix, TraceProbes, piecewise_linear
+from fxprune.sensitivity.running_stats import StoppingRule
 from fxprune.sensitivity.scores import Settings, measure
-from fxprune.sensitivity.tally import StoppingRule
 from fxprune.sensitivity.task import Task
 from fxprune.sensitivity.units import UnitLayout
 

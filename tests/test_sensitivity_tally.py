@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxprune.sensitivity.tally import StoppingRule, Tally, misplaced
+from fxprune.sensitivity.running_stats import StoppingRule, Tally, misplaced
 
 
 def test_mean_and_error_are_those_of_the_sample() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import InputError
-from fxprune.facts import MASKS, PLAN, Masks, Plan
 from fxprune.graph import serialize
+from fxprune.graph.facts import MASKS, PLAN, Masks, Plan
 from fxprune.graph.text import graph_text
 from fxprune.structure.verify import sample_units
 

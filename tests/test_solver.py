@@ -9,10 +9,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from fxprune.errors import BudgetError
-from fxprune.planning.cuts import Problem
-from fxprune.planning.descent import descend
-from fxprune.planning.landing import enumerate_cuts
-from fxprune.planning.ledger import Floats, Ledger
+from fxprune.planning.cost_evaluator import Floats, Ledger
+from fxprune.planning.greedy import descend
+from fxprune.planning.local_search import enumerate_cuts
+from fxprune.planning.problem import Problem
 from fxprune.planning.solver import solve
 from fxprune.planning.widths import Rounding, Widths
 from fxprune.structure.merging import Ints

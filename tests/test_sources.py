@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fxprune.data import as_data, batches
+from fxprune.data.batches import batches
+from fxprune.data.images import Scaling, read_image
+from fxprune.data.roles import as_data
+from fxprune.data.sources import check_inputs, check_labels, load_data
 from fxprune.errors import InputError
-from fxprune.inputs.images import Scaling, read_image
-from fxprune.inputs.sources import check_inputs, check_labels, load_data
 
 PLAIN = Scaling(mean=(0.0,), std=(1.0,))
 

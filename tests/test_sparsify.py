@@ -9,13 +9,13 @@ from support import randomise_norms, trace
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.context import Context
-from fxprune.data import Data
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
 from fxprune.errors import InputError
-from fxprune.facts import MASKS, Masks
+from fxprune.graph.facts import MASKS, Masks
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Arrays
 from fxprune.passes import Finetune, FoldBatchNorm, RemoveChannels, Sparsify
+from fxprune.pipeline.context import Context
 from fxprune.reconstruction.masks import blocked, follows, smallest, uniform
 from fxprune.run.checks import check_masks
 

@@ -8,7 +8,7 @@ from support import assert_same, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.graph.spelling import spell_attention, spell_clamps, spell_means
+from fxprune.graph.decompose import spell_attention, spell_clamps, spell_means
 from fxprune.onnx.export import export_onnx
 
 

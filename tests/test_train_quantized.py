@@ -9,16 +9,16 @@ from support import relative_error
 from torch import Tensor, nn
 
 import fxprune.quantization.bias
-from fxprune.context import Context
-from fxprune.data import batches
+from fxprune.data.batches import batches
 from fxprune.errors import InputError
-from fxprune.facts import CALIBRATED, MASKS, OBSERVED, Masks
+from fxprune.graph.custom_ops import along
+from fxprune.graph.facts import CALIBRATED, MASKS, OBSERVED, Masks
 from fxprune.graph.program import Program
 from fxprune.passes import TrainQuantized
+from fxprune.pipeline.context import Context
 from fxprune.quantization import recovery as quantization_recovery
+from fxprune.quantization.fake_quantizers import fakes, sites
 from fxprune.quantization.observers import METHODS
-from fxprune.quantization.ops import along
-from fxprune.quantization.stages import fakes, sites
 
 
 def states(program: Program) -> dict[str, Tensor]:

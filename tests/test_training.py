@@ -8,12 +8,12 @@ from support import assert_same, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.context import Context
-from fxprune.data import Data
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
 from fxprune.errors import FxpruneError, InputError
-from fxprune.facts import MASKS, Masks
+from fxprune.graph.facts import MASKS, Masks
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Arrays
+from fxprune.pipeline.context import Context
 from fxprune.training.distillation import divergence, objective, relative_distance
 from fxprune.training.loop import Schedule, train
 

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from fxprune import cost, find_groups, remove_units
-from fxprune.compat import enable_torchvision
-from fxprune.context import Context
-from fxprune.data import Data, batches
+from fxprune.data.batches import batches
+from fxprune.data.roles import Data
 from fxprune.graph.program import Program
-from fxprune.latency.turns import compare
+from fxprune.models.compat import enable_torchvision
+from fxprune.onnx.benchmark import compare
 from fxprune.onnx.export import export_onnx
 from fxprune.passes import ImplantAttention, Reconstruct
+from fxprune.pipeline.context import Context
 from fxprune.structure.groups import Group
 from tools.study_models import load_data, load_program, percent
 

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from fxprune import cost
-from fxprune.allocator import keep_freed_memory
+from fxprune.cli.allocator import keep_freed_memory
 from fxprune.graph.program import Program
-from fxprune.latency.turns import compare
+from fxprune.onnx.benchmark import compare
 from fxprune.onnx.export import export_onnx
 from fxprune.passes import (
     AnnotateSensitivity,
@@ -37,7 +37,7 @@ from fxprune.passes import (
     RemoveChannels,
     TrainQuantized,
 )
-from fxprune.pipeline import Pipeline
+from fxprune.pipeline.driver import Pipeline
 from fxprune.planning.blocks import remove_blocks
 from tools.rank_study import Study
 from tools.study_models import percent, study_options

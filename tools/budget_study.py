@@ -21,12 +21,12 @@ from torch import nn
 import fxprune
 from examples.cifar10 import resnet
 from examples.digits.model import digits_net
-from fxprune.compat import enable_torchvision
-from fxprune.context import Context
 from fxprune.errors import BudgetError
-from fxprune.facts import PLAN
+from fxprune.graph.facts import PLAN
 from fxprune.graph.program import Program
+from fxprune.models.compat import enable_torchvision
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
+from fxprune.pipeline.context import Context
 from fxprune.planning.budget import Budget
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxprune.compat import enable_torchvision
+from fxprune.models.compat import enable_torchvision
 from tools import coverage_huggingface, coverage_layers
 
 LIST = Path(__file__).with_name("coverage_timm.txt")

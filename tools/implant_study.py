@@ -22,10 +22,10 @@ from typing import Any
 import onnx
 
 from fxprune import cost
-from fxprune.allocator import keep_freed_memory
-from fxprune.facts import SENSITIVITY, Sensitivity
+from fxprune.cli.allocator import keep_freed_memory
+from fxprune.graph.facts import SENSITIVITY, Sensitivity
 from fxprune.graph.program import Program
-from fxprune.latency.turns import compare
+from fxprune.onnx.benchmark import compare
 from fxprune.onnx.export import export_onnx
 from fxprune.passes import (
     AnnotateSensitivity,

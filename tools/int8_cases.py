@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
+from fxprune.data.datasets import Arrays, Samples
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Arrays, Samples
 from tools.study_models import IMAGENET, NETWORKS, Statistics, load_data, load_program
 
 

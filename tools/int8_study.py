@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from fxprune.allocator import keep_freed_memory
-from fxprune.context import Context
-from fxprune.data import batches
+from fxprune.calibration.outputs import class_axis
+from fxprune.cli.allocator import keep_freed_memory
+from fxprune.data.batches import batches
+from fxprune.data.datasets import Samples
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Samples
-from fxprune.latency.turns import compare
+from fxprune.onnx.benchmark import compare
 from fxprune.onnx.export import export_onnx
+from fxprune.onnx.quantized_nodes import inspect_fusion
 from fxprune.passes import (
     AnnotateSensitivity,
     ConvertQuantized,
@@ -46,10 +47,10 @@ from fxprune.passes import (
     RemoveChannels,
     TrainQuantized,
 )
-from fxprune.pipeline import Pipeline
-from fxprune.quantization.onnx_nodes import inspect_fusion
-from fxprune.quantization.stages import sums_overflow
-from fxprune.training.evaluate import class_axis, run_onnx, run_program
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.driver import Pipeline
+from fxprune.quantization.fake_quantizers import sums_overflow
+from fxprune.training.evaluate import run_onnx, run_program
 from tools.int8_cases import CASES, Case, load, shuffled
 
 METHODS = "MinMax,Entropy,Percentile"

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 
 import fxprune
-from fxprune.context import Context
 from fxprune.errors import BudgetError
 from fxprune.graph.program import Program
 from fxprune.latency.bench import Bench, open_bench
 from fxprune.latency.table import Table
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
-from fxprune.pipeline import Outcome
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Outcome
 from tools.budget_study import NETWORKS
 
 DEFAULT = "digits,resnet20,resnet56,mobilenet_v2"

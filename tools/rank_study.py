@@ -23,14 +23,15 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from fxprune import cost, find_groups
-from fxprune.allocator import keep_freed_memory
-from fxprune.context import Context
-from fxprune.data import Data, batches, hold_out
-from fxprune.facts import SENSITIVITY
+from fxprune.cli.allocator import keep_freed_memory
+from fxprune.data.batches import batches
+from fxprune.data.datasets import Samples
+from fxprune.data.roles import Data, hold_out
+from fxprune.graph.cost import activation_bytes
+from fxprune.graph.facts import SENSITIVITY
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Samples
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RecalibrateNorms, RemoveChannels
-from fxprune.planning.cost import activation_bytes
+from fxprune.pipeline.context import Context
 from fxprune.sensitivity.gates import GatedProgram
 from fxprune.sensitivity.task import Criterion
 from tools.study_models import (

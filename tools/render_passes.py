@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from fxprune import passes
-from fxprune.pipeline import Pass
+from fxprune.pipeline.contract import Pass
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- passes: begin -->", "<!-- passes: end -->"

@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxprune import find_groups
-from fxprune.context import Context
-from fxprune.data import Batch, Data, batches
+from fxprune.data.batches import Batch, batches
+from fxprune.data.roles import Data
 from fxprune.graph.program import Program
+from fxprune.pipeline.context import Context
 from fxprune.sensitivity.model import Objective, Weights
 from fxprune.sensitivity.probes import TraceProbes
+from fxprune.sensitivity.running_stats import StoppingRule
 from fxprune.sensitivity.scores import Settings, measure
-from fxprune.sensitivity.tally import StoppingRule
 from fxprune.sensitivity.units import UnitLayout
 from tools.study_models import load_data, load_program
 

@@ -26,14 +26,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fxprune import trace
-from fxprune.context import Context
-from fxprune.data import Data
-from fxprune.facts import MASKS
+from fxprune.data.datasets import Arrays
+from fxprune.data.roles import Data
+from fxprune.graph.facts import MASKS
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
-from fxprune.inputs.datasets import Arrays
-from fxprune.latency.host import peak_memory
+from fxprune.host import peak_memory
 from fxprune.passes import Reconstruct, Sparsify
+from fxprune.pipeline.context import Context
 
 SIZES = {  # blocks, heads, width, width of the MLP
     "vit_b_16": (12, 12, 768, 3072),
@@ -45,7 +45,7 @@ GIB = 2**30
 
 def build(name: str, blocks: int | None) -> Program:
     """Trace a vision transformer of torchvision with random weights."""
-    from fxprune.compat import enable_torchvision
+    from fxprune.models.compat import enable_torchvision
 
     enable_torchvision()
     from torchvision.models import VisionTransformer

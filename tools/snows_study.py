@@ -25,9 +25,8 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from fxprune import cost
-from fxprune.allocator import keep_freed_memory
-from fxprune.context import Context
-from fxprune.facts import MASKS as MASKED
+from fxprune.cli.allocator import keep_freed_memory
+from fxprune.graph.facts import MASKS as MASKED
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
 from fxprune.passes import (
@@ -38,6 +37,7 @@ from fxprune.passes import (
     RemoveChannels,
     Sparsify,
 )
+from fxprune.pipeline.context import Context
 from tools.rank_study import Study
 from tools.study_models import NETWORKS, percent, study_options
 

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.context import Context
-from fxprune.data import Data
-from fxprune.facts import SENSITIVITY
+from fxprune.data.roles import Data
+from fxprune.graph.facts import SENSITIVITY
 from fxprune.graph.program import Program
 from fxprune.passes import AnnotateSensitivity
+from fxprune.pipeline.context import Context
 from tools.study_models import load_data, load_program
 
 WAYS: tuple[Mapping[str, Any], ...] = (

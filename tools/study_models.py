@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fxprune import trace
-from fxprune.compat import enable_torchvision
+from fxprune.data.datasets import Arrays
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Arrays
+from fxprune.models.compat import enable_torchvision
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)

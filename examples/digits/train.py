@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.digits.model import digits_net
-from fxprune.data import Data, batches
-from fxprune.inputs.sources import load_data
+from fxprune.data.batches import batches
+from fxprune.data.roles import Data
+from fxprune.data.sources import load_data
 
 HERE = Path(__file__).parent
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.graph.calls import argument
+from fxprune.graph.functionalize import aliases, read_after, write_through
+from fxprune.graph.node_args import argument
 from fxprune.graph.parametrisation import fold_parametrisations
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import insert_call, replace_node
-from fxprune.graph.writes import aliases, read_after, write_through
 
 aten = torch.ops.aten
 

@@ -20,7 +20,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import FxpruneError, InputError
-from fxprune.graph.plain import Decoder, Encoder, operator_name, resolve_operator
+from fxprune.graph.json_codec import Decoder, Encoder, operator_name, resolve_operator
 from fxprune.graph.program import Program
 
 FORMAT = 1

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fxprune.implants.attention_places import Attention, Projection, positions
 from fxprune.implants.attention_ranks import Basis
-from fxprune.pipeline import Skip
+from fxprune.implants.attention_sites import Attention, Projection, positions
+from fxprune.pipeline.contract import Skip
 from fxprune.structure.groups import Group
 
 Product = Literal["query-key", "value"]

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.context import Context
-from fxprune.data import batches
-from fxprune.graph.calls import arguments
+from fxprune.calibration.running import fixed_batch, placed
+from fxprune.data.batches import batches
+from fxprune.graph.node_args import arguments
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
-from fxprune.implants.attention_places import Attention, Projection
-from fxprune.training.evaluate import fixed_batch
-from fxprune.training.loop import placed
+from fxprune.implants.attention_sites import Attention, Projection
+from fxprune.pipeline.context import Context
 
 LEAST = 1e-12  # of the mean variance: what directions that never vary count as
 

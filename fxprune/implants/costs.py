@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fxprune.facts import Slot
+from fxprune.graph.cost import batch_of
+from fxprune.graph.facts import Slot
 from fxprune.graph.program import Program, shape_of
-from fxprune.implants.kinds import Site
+from fxprune.implants.implant_types import Site
 from fxprune.planning.budget import Quantity
-from fxprune.planning.cost import CostModel, batch_of
-from fxprune.planning.ledger import Costs, Floats, Ledger
+from fxprune.planning.cost_evaluator import Costs, Floats, Ledger
+from fxprune.planning.cost_model import CostModel
 from fxprune.structure.merging import Ints
 
 Product = tuple[float, tuple[int, ...]]

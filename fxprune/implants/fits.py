@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import InputError
-from fxprune.implants.kinds import Implant, Kind, Site, Stage
+from fxprune.implants.implant_types import Implant, Kind, Site, Stage
 from fxprune.implants.moments import Moments
 
 LEAST = 1e-12  # the smallest ridge, so that features that never vary do no harm

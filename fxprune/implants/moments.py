@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxprune.context import Context
-from fxprune.data import batches
+from fxprune.calibration.running import fixed_batch, placed
+from fxprune.data.batches import batches
 from fxprune.graph.program import Program
-from fxprune.implants.kinds import Site
-from fxprune.training.evaluate import fixed_batch
-from fxprune.training.loop import placed
+from fxprune.implants.implant_types import Site
+from fxprune.pipeline.context import Context
 
 BLOCK = 2**22  # elements of a block of features in double precision
 PER_FEATURE = 8  # positions that a covariance needs at least, for each of its features

@@ -8,20 +8,20 @@ from typing import Protocol
 
 import numpy as np
 
-from fxprune.context import Context
 from fxprune.errors import BudgetError, InputError
-from fxprune.facts import Plan, Sensitivity
+from fxprune.graph.facts import Plan, Sensitivity
 from fxprune.graph.program import Program
-from fxprune.implants.kinds import Kind
+from fxprune.implants.candidates import prospects
+from fxprune.implants.evaluation import Trials
+from fxprune.implants.implant_types import Kind
+from fxprune.implants.low_rank_layers import Ranks, ranks_of, spectrum, with_layers
+from fxprune.implants.mixed_plan import tiers
 from fxprune.implants.moments import Sampling, measure
-from fxprune.implants.places import sites_of
-from fxprune.implants.prospects import prospects
-from fxprune.implants.tiers import tiers
-from fxprune.implants.trial import Mend, Trials
-from fxprune.implants.whole_layers import Ranks, ranks_of, spectrum, with_layers
-from fxprune.planning.cost import CostModel, cost_model
-from fxprune.planning.cuts import Problem
-from fxprune.planning.ledger import Floats
+from fxprune.implants.sites import sites_of
+from fxprune.pipeline.context import Context
+from fxprune.planning.cost_evaluator import Floats
+from fxprune.planning.cost_model import CostModel, cost_model
+from fxprune.planning.problem import Problem
 from fxprune.planning.ranking import Normalize, cheapest_first, scores_in_order
 from fxprune.planning.solver import Solution, solve
 from fxprune.planning.widths import Rounding
@@ -71,18 +71,18 @@ class Options(Protocol):
 
 def plan_tiers(
     program: Program, context: Context, groups: Sequence[Group], problem: Problem,
-    sensitivity: Sensitivity, options: Options, mend: Mend,
+    sensitivity: Sensitivity, options: Options,
 ) -> tuple[Plan, Solution]:  # fmt: skip
     """Solve a problem of removal with implants as a third way, and say what gets which.
 
     Args:
         program: what is planned for.
-        context: for its calibration samples.
+        context: for its calibration samples, and the passes that restore accuracy, which run on
+            every plan before it is judged.
         groups: in the order of the problem.
         problem: of removal alone.
         sensitivity: of the groups' units.
         options: with a share of each cut that gets implants, or ``auto`` for ranks of layers.
-        mend: what is done to plans that are tried out before they are judged.
 
     Raises:
         InputError: a quantity of the problem has no closed form, such as latency.
@@ -98,7 +98,7 @@ def plan_tiers(
         pairs = zip(groups, scores, orders, strict=True)
         by_unit = {group: own[np.argsort(order)] for group, own, order in pairs}
         ladder = Rounding(options.round_to, options.depthwise_round_to).ladder()
-        return _with_layers(program, context, problem, model, by_unit, ladder, mend)
+        return _with_layers(program, context, problem, model, by_unit, ladder)
     found = prospects(program, groups, context, SAMPLING)
     mixed = tiers(program, problem, model, scores, orders, found, ratio)
     solution = solve(mixed.problem)
@@ -107,14 +107,14 @@ def plan_tiers(
 
 def _with_layers(
     program: Program, context: Context, problem: Problem, model: CostModel,
-    scores: Mapping[Group, Floats], roundings: Sequence[Rounding], mend: Mend,
+    scores: Mapping[Group, Floats], roundings: Sequence[Rounding],
 ) -> tuple[Plan, Solution]:  # fmt: skip
     """Mix removal and layers of low rank, by the exchange rate that moves the output least."""
     sites, _ = sites_of(program, {group: range(len(group.units)) for group in scores})
     moments = measure(program, sites, context, SAMPLING)
     spectra = {site.node.name: spectrum(program, site, moments[site.node.name]) for site in sites}
     layers = ranks_of(sites, spectra, scores, roundings)
-    trials = Trials(program, list(scores), moments, context, TRIED, TRIED_AT_ONCE, mend)
+    trials = Trials(program, list(scores), moments, context, TRIED, TRIED_AT_ONCE)
     found: list[tuple[float, Plan, Solution]] = []
     errors = []
     for rate in context.progress.track((None, *RATES), "weighing implants", total=1 + len(RATES)):

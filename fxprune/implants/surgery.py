@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.calls import arguments
+from fxprune.graph.node_args import arguments
 from fxprune.graph.program import Program, shape_of
 from fxprune.graph.surgery import (
     drop_unused,
@@ -18,7 +18,7 @@ from fxprune.graph.surgery import (
     set_tensor,
     unused_name,
 )
-from fxprune.implants.kinds import Implant, Site, Stage
+from fxprune.implants.implant_types import Implant, Site, Stage
 
 aten = torch.ops.aten
 CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default}

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from fxprune.graph.program import Program
 from fxprune.latency.model import Calibration, LatencyLedger
-from fxprune.latency.profile import Profiled, profile
 from fxprune.latency.table import Table
 from fxprune.latency.terms import elements_of, latency_terms, shapes_of
-from fxprune.latency.turns import compare
+from fxprune.onnx.benchmark import compare
 from fxprune.onnx.export import export_onnx
-from fxprune.progress import Tracker
+from fxprune.onnx.profile import Profiled, profile
+from fxprune.pipeline.progress import Tracker
 from fxprune.structure.groups import Group
 
 LAYERS = frozenset(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnxruntime
 
-from fxprune.latency.host import cache_folder, features, processor
+from fxprune.host import cache_folder, features, processor
 
 FORMAT = 2
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.calls import CONVOLUTIONS, argument, packet_of, paddings, spread
+from fxprune.graph.macs import PRODUCTS, Place
+from fxprune.graph.node_args import CONVOLUTIONS, argument, packet_of, paddings, spread
 from fxprune.graph.program import Program, shape_of
-from fxprune.planning.macs import PRODUCTS, Place
 
 aten = torch.ops.aten
 Kind = Literal["conv", "conv-transpose", "linear", "matmul"]

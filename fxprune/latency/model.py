@@ -20,7 +20,7 @@ from fxprune.graph.program import Program
 from fxprune.latency.table import Table
 from fxprune.latency.terms import AXES, Term, elements_of, shapes_of
 from fxprune.planning.budget import Quantity
-from fxprune.planning.ledger import Floats
+from fxprune.planning.cost_evaluator import Floats
 from fxprune.structure.merging import Ints
 
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fxprune.context import Context
 from fxprune.graph.program import Program
 from fxprune.latency.bench import Bench, open_bench
 from fxprune.latency.table import Table
+from fxprune.pipeline.context import Context
 from fxprune.planning.budget import Target
-from fxprune.planning.cuts import Problem
-from fxprune.planning.ledger import Floats
+from fxprune.planning.cost_evaluator import Floats
+from fxprune.planning.problem import Problem
 from fxprune.planning.solver import Solution, solve
 from fxprune.structure.merging import Ints
 

@@ -22,9 +22,9 @@ import numpy as np
 from fxprune.errors import FxpruneError
 from fxprune.latency import cache as latency_cache
 from fxprune.latency.cache import Host, Timing
-from fxprune.latency.profile import profile
-from fxprune.latency.shapes import ANCHORS, Shape, model_of
-from fxprune.progress import Tracker
+from fxprune.latency.layer_config import ANCHORS, Shape, model_of
+from fxprune.onnx.profile import profile
+from fxprune.pipeline.progress import Tracker
 
 RUNS = 8
 SWEEPS = 3

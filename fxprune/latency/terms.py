@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import fx
 
+from fxprune.graph.cost import batch_of
 from fxprune.graph.program import Program, shape_of
+from fxprune.latency.layer_config import Shape
 from fxprune.latency.layers import Dim, Kind, Layer, layers, layers_of, others
-from fxprune.latency.shapes import Shape
-from fxprune.planning.cost import Shrinkage, batch_of
-from fxprune.planning.ledger import Floats
+from fxprune.planning.cost_evaluator import Floats
+from fxprune.planning.cost_model import Shrinkage
 from fxprune.structure.groups import Group
 
 BLOCK = 8  # channels that ONNX Runtime's convolutions compute at once, at least

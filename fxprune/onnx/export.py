@@ -23,16 +23,16 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import PostconditionError
+from fxprune.graph.decompose import spell_attention, spell_clamps
 from fxprune.graph.program import Program
-from fxprune.graph.spelling import spell_attention, spell_clamps
 from fxprune.graph.surgery import insert_call, replace_node
-from fxprune.onnx.trim import trim
-from fxprune.quantization.onnx_nodes import (
+from fxprune.onnx.quantized_nodes import (
     GLOBAL_AVERAGE,
     TRANSLATIONS,
     is_quantized,
     shield_floats,
 )
+from fxprune.onnx.trim import trim
 from fxprune.structure.verify import relative_error
 
 aten = torch.ops.aten

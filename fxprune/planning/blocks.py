@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fxprune.errors import BudgetError
+from fxprune.graph.cost import cost
 from fxprune.graph.program import Program
 from fxprune.planning.budget import readable
-from fxprune.planning.cost import cost
 from fxprune.structure.branches import Branch, find_branches, remove_branch
 
 Shift = Callable[[Program], float]  # how far a program's output is from the dense one's

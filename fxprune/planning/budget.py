@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fxprune.errors import InputError
-from fxprune.text.values import Scanner
+from fxprune.pipeline.values import Scanner
 
 Quantity = Literal["params", "macs", "weight_bytes", "latency_ms"]
 Name = Literal["params", "macs", "size", "latency"]

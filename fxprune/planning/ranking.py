@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 
 from fxprune.errors import InputError
-from fxprune.facts import Sensitivity
-from fxprune.planning.ledger import Floats
+from fxprune.graph.facts import Sensitivity
+from fxprune.planning.cost_evaluator import Floats
 from fxprune.structure.groups import Group
 from fxprune.structure.merging import Ints
 

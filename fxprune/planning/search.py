@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fxprune.context import Context
 from fxprune.errors import BudgetError, InputError
-from fxprune.facts import PLAN
+from fxprune.graph.cost import cost
+from fxprune.graph.facts import PLAN
 from fxprune.graph.program import Program
-from fxprune.pipeline import Pass, Pipeline
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.contract import Pass
+from fxprune.pipeline.driver import Pipeline
 from fxprune.planning.budget import Name, Target
-from fxprune.planning.cost import cost
 
 Judge = Callable[[Program], float | None]  # accuracy from 0 to 1; None if it cannot be told
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from fxprune.errors import InputError
-from fxprune.facts import Sensitivity
-from fxprune.pipeline import Skip
+from fxprune.graph.facts import Sensitivity
+from fxprune.pipeline.contract import Skip
 from fxprune.structure.groups import Group
 
 

@@ -19,10 +19,10 @@ import numpy as np
 
 from fxprune.errors import BudgetError
 from fxprune.planning.budget import Target, readable
-from fxprune.planning.cuts import Problem
-from fxprune.planning.descent import descend
-from fxprune.planning.landing import land
-from fxprune.planning.ledger import Floats
+from fxprune.planning.cost_evaluator import Floats
+from fxprune.planning.greedy import descend
+from fxprune.planning.local_search import land
+from fxprune.planning.problem import Problem
 from fxprune.structure.merging import Ints
 
 

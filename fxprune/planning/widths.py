@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxprune.errors import InputError
-from fxprune.graph.calls import argument, packet_of
+from fxprune.graph.macs import MACS
+from fxprune.graph.node_args import argument, packet_of
 from fxprune.graph.program import Program
-from fxprune.planning.macs import MACS
 from fxprune.structure.groups import Group
 from fxprune.structure.merging import Ints
 

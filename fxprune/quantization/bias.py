@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.context import Context
-from fxprune.data import batches
-from fxprune.graph.calls import argument
+from fxprune.calibration.running import fixed_batch, placed
+from fxprune.data.batches import batches
+from fxprune.graph.cost import batch_of
+from fxprune.graph.custom_ops import FAKE_QUANTIZE
+from fxprune.graph.node_args import argument
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
-from fxprune.planning.cost import batch_of
-from fxprune.quantization.ops import FAKE_QUANTIZE
+from fxprune.pipeline.context import Context
 from fxprune.quantization.patterns import pattern_of
-from fxprune.training.evaluate import fixed_batch
-from fxprune.training.loop import placed
 
 MEMORY = 2**28  # bytes that a batch's largest value may fill
 

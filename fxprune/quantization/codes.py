@@ -7,10 +7,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.calls import argument, packet_of
+from fxprune.graph.custom_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE, quantize
+from fxprune.graph.node_args import argument, packet_of
 from fxprune.graph.program import Program, shape_of
 from fxprune.graph.surgery import insert_call, read_tensor, replace_node, set_tensor, unused_name
-from fxprune.quantization.ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE, quantize
 from fxprune.quantization.patterns import is_move, origin, pattern_of
 
 aten = torch.ops.aten

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxprune.context import Context
-from fxprune.data import batches
+from fxprune.calibration.outputs import class_axis, logits_of
+from fxprune.calibration.running import fixed_batch, placed
+from fxprune.data.batches import batches
+from fxprune.graph.custom_ops import FAKE_QUANTIZE
 from fxprune.graph.program import Program
-from fxprune.quantization.ops import FAKE_QUANTIZE
+from fxprune.pipeline.context import Context
 from fxprune.quantization.patterns import origin
 from fxprune.sensitivity.model import kind_of
-from fxprune.training.evaluate import class_axis, fixed_batch, logits_of
-from fxprune.training.loop import placed
 
 
 def rounding_costs(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.calls import argument, arguments, packet_of
+from fxprune.graph.node_args import argument, arguments, packet_of
 from fxprune.graph.program import Program, shape_of
 
 aten = torch.ops.aten

@@ -6,13 +6,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fxprune.context import Context
-from fxprune.facts import OBSERVED, Quantized
+from fxprune.graph.facts import OBSERVED, Quantized
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import replace_node
+from fxprune.pipeline.context import Context
+from fxprune.quantization.fake_quantizers import observe, sites
 from fxprune.quantization.layer_costs import disagreement, rounding_costs, to_recover
 from fxprune.quantization.patterns import is_product, place, weight_name
-from fxprune.quantization.stages import observe, sites
 
 ROUNDS = 3
 

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.context import Context
-from fxprune.data import batches
-from fxprune.graph.calls import argument
+from fxprune.calibration.layer_matrix import Some, blocks, weight_rows
+from fxprune.calibration.least_squares import Moments
+from fxprune.calibration.running import fixed_batch, placed
+from fxprune.data.batches import batches
+from fxprune.graph.node_args import argument
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
+from fxprune.pipeline.context import Context
 from fxprune.quantization.adaptive import moved, round_adaptively
+from fxprune.quantization.fake_quantizers import Site, fakes
 from fxprune.quantization.patterns import pattern_of
-from fxprune.quantization.stages import Site, fakes
-from fxprune.reconstruction.layers import Some, blocks, weight_rows
-from fxprune.reconstruction.leastsquares import Moments
-from fxprune.training.evaluate import fixed_batch
-from fxprune.training.loop import placed
 
 MEMORY = 2**30  # bytes of moments in one walk over the samples
 HELD_OUT = 4  # of so many batches one judges

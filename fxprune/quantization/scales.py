@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.graph.calls import argument, packet_of
+from fxprune.graph.node_args import argument, packet_of
 from fxprune.graph.program import Program, owner_of, shape_of
+from fxprune.quantization.fake_quantizers import Site, fakes
 from fxprune.quantization.observers import HAIR
 from fxprune.quantization.patterns import aten
-from fxprune.quantization.stages import Site, fakes
 
 SMALLEST = 1e-8
 

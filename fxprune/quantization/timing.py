@@ -20,14 +20,14 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, fx
 
-from fxprune.graph.calls import packet_of
+from fxprune.graph.cost import batch_of
+from fxprune.graph.node_args import packet_of
 from fxprune.graph.program import Program
-from fxprune.latency.profile import Profiled, profile
-from fxprune.latency.shapes import OPSET, Shape, operator
+from fxprune.latency.layer_config import OPSET, Shape, operator
 from fxprune.latency.table import RUNS, SWEEPS, sessions
 from fxprune.latency.terms import shape_of_layer
-from fxprune.planning.cost import batch_of
-from fxprune.progress import Tracker
+from fxprune.onnx.profile import Profiled, profile
+from fxprune.pipeline.progress import Tracker
 from fxprune.quantization.patterns import CLAMPS, is_move, pattern_of
 
 Pair = tuple[float, float]

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from fxprune.graph.program import Program
-from fxprune.reconstruction.activations import Values
+from fxprune.reconstruction.incremental_run import Values
 from fxprune.reconstruction.lookahead import Curvature, Lookahead, variables
 from fxprune.reconstruction.region import Region
 

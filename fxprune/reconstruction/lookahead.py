@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fxprune.graph.calls import argument, packet_of
+from fxprune.graph.node_args import argument, packet_of
 from fxprune.graph.program import Program
-from fxprune.reconstruction.activations import Values
+from fxprune.reconstruction.incremental_run import Values
 from fxprune.reconstruction.newton import Product, Vector, along
 from fxprune.reconstruction.region import Region, affine_tail
 

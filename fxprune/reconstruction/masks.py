@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fxprune.calibration.layer_matrix import TRANSPOSED, Layer
 from fxprune.errors import InputError
-from fxprune.graph.calls import packet_of
+from fxprune.graph.node_args import packet_of
 from fxprune.graph.program import Program
-from fxprune.reconstruction.layers import TRANSPOSED, Layer
 
 BLOCKED = re.compile(r"(\d+):(\d+)")
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.graph.calls import argument
+from fxprune.calibration.layer_matrix import Layer, blocks, output_shape, weight_rows
+from fxprune.calibration.least_squares import MOST_FEATURES, Moments, factorise
+from fxprune.graph.node_args import argument
 from fxprune.graph.program import Program
-from fxprune.reconstruction.layers import Layer, blocks, output_shape, weight_rows
-from fxprune.reconstruction.leastsquares import MOST_FEATURES, Moments, factorise
 from fxprune.reconstruction.newton import Product, Vector
 from fxprune.reconstruction.region import affine_tail, slope
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.calls import argument, packet_of
+from fxprune.calibration.layer_matrix import Layer, Some, blocks, weight_rows
+from fxprune.calibration.least_squares import Moments, solve
+from fxprune.graph.node_args import argument, packet_of
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
-from fxprune.reconstruction.activations import Values
-from fxprune.reconstruction.layers import Layer, Some, blocks, weight_rows
-from fxprune.reconstruction.leastsquares import Moments, solve
+from fxprune.reconstruction.incremental_run import Values
 from fxprune.reconstruction.region import (
     IDENTITIES,
     Region,

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.calls import argument, packet_of
+from fxprune.calibration.layer_matrix import LAYERS, Layer, channel_axis
+from fxprune.graph.node_args import argument, packet_of
 from fxprune.graph.program import Program
-from fxprune.reconstruction.activations import Values, compute
-from fxprune.reconstruction.layers import LAYERS, Layer, channel_axis
+from fxprune.reconstruction.incremental_run import Values, compute
 
 aten = torch.ops.aten
 IDENTITIES = frozenset({aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.clone})

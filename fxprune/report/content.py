@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from fxprune.latency.host import processor
-from fxprune.pipeline import Entry
+from fxprune.host import processor
+from fxprune.pipeline.driver import Entry
 from fxprune.planning.budget import Target
 from fxprune.planning.search import Trial
-from fxprune.run.precision import Precision
+from fxprune.report.precision import Precision
 
 TOLERANCE = 0.01  # a target is met within one per cent
 NOISE = 0.05  # and one of latency within five, since two runs of one model differ by as much

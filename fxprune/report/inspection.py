@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fxprune.graph.cost import Cost, cost
+from fxprune.graph.facts import Preference
 from fxprune.graph.program import Program
-from fxprune.planning.cost import Cost, cost, cost_model
-from fxprune.structure.choices import Preference
+from fxprune.planning.cost_model import cost_model
 from fxprune.structure.groups import Group, find_groups
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fxprune.facts import Slot
+from fxprune.graph.facts import Slot
 from fxprune.graph.program import Program
 from fxprune.report.drawing import WIDTH, Box, draw
 from fxprune.report.inspection import GroupLine, Inspection

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fxprune.pipeline import Pass, default_of
-from fxprune.text.values import show
+from fxprune.pipeline.contract import Pass, default_of
+from fxprune.pipeline.values import show
 
 _ATTRIBUTE = re.compile(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", re.MULTILINE)
 

@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fxprune.latency.turns import Latency
+from fxprune.onnx.benchmark import Latency
 from fxprune.planning.search import Trial
 from fxprune.report.content import RunReport
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from fxprune.errors import InputError
-from fxprune.facts import PLAN, REMOVED, SENSITIVITY, Plan, Sensitivity
 from fxprune.graph import serialize
+from fxprune.graph.cost import Cost
+from fxprune.graph.facts import PLAN, REMOVED, SENSITIVITY, Plan, Sensitivity
 from fxprune.graph.program import Program
-from fxprune.pipeline import Entry, Outcome, Pass, Skip
-from fxprune.planning.cost import Cost
+from fxprune.pipeline.contract import Outcome, Pass, Skip
+from fxprune.pipeline.driver import Entry
 from fxprune.run.output import write_text
 
 FOLDER = ".fxprune-checkpoint"

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.data import Data, batches
+from fxprune.calibration.outputs import class_axis, logits_of
+from fxprune.data.batches import batches
+from fxprune.data.roles import Data
+from fxprune.data.sources import check_inputs, check_labels
 from fxprune.errors import PostconditionError
-from fxprune.facts import MASKS
+from fxprune.graph.facts import MASKS
 from fxprune.graph.program import Program
-from fxprune.inputs.sources import check_inputs, check_labels
 from fxprune.onnx.export import PARITY_LIMIT, ExportCheck
-from fxprune.quantization.checks import DISAGREEMENT
 from fxprune.report.content import Check
+from fxprune.run.quantized_checks import DISAGREEMENT
 from fxprune.structure.groups import Group
 from fxprune.structure.verify import sample_units, verify_removal
-from fxprune.training.evaluate import Evaluation, class_axis, logits_of
+from fxprune.training.evaluate import Evaluation
 
 EXACT = 1e-5  # relative, single precision
 SHARE = 0.25  # of the units of every group that zero-then-remove tries

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.data import Data, as_data, batches, subset
+from fxprune.data.batches import batches
+from fxprune.data.roles import Data, as_data, subset
 from fxprune.errors import InputError
-from fxprune.facts import PLAN
 from fxprune.graph import serialize
+from fxprune.graph.facts import PLAN
 from fxprune.graph.program import Program
 from fxprune.graph.trace import trace
+from fxprune.pipeline.text import Recipe, write_recipe
 from fxprune.report.content import RunReport
 from fxprune.report.html import to_html
 from fxprune.run.checkpoint import Checkpoint
@@ -28,7 +30,6 @@ from fxprune.run.options import Options, attention_of, make_options, resolve
 from fxprune.run.output import staged
 from fxprune.run.running import run
 from fxprune.structure.groups import find_groups
-from fxprune.text.pipelines import Recipe, write_recipe
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def compile(
     Args:
         model: the trained model, or a program traced from one.
         example_inputs: inputs that run it; by default one sample of the data.
-        data: what ``fxprune.data.as_data`` takes.
+        data: what ``fxprune.data.roles.as_data`` takes.
         target: ``macs=50%`` and the like, several joined by commas or in a list; half of the
             multiply-accumulates where neither this, a pipeline nor ``max_drop`` is given.
         out: the folder for model.onnx, model.pt2, report.json, report.html and recipe.toml, which

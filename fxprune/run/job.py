@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fxprune.context import Context
-from fxprune.data import Data
-from fxprune.facts import CONVERTED, OBSERVED, PLAN
+from fxprune.data.roles import Data
+from fxprune.graph.facts import CONVERTED, OBSERVED, PLAN
 from fxprune.graph.program import Program
-from fxprune.pipeline import Pipeline
+from fxprune.pipeline.context import Context
+from fxprune.pipeline.driver import Pipeline
 from fxprune.planning.budget import Target
 from fxprune.planning.search import Limits, Trial, budgeted, search, winner
 from fxprune.run.checkpoint import fingerprint

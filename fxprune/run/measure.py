@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fxprune.data import Data
+from fxprune.calibration.running import fixed_batch
+from fxprune.data.roles import Data
+from fxprune.graph.cost import cost
 from fxprune.graph.program import Program
-from fxprune.latency.turns import Latency, compare
+from fxprune.onnx.benchmark import Latency, compare
 from fxprune.onnx.export import ExportCheck, export_onnx
-from fxprune.planning.cost import cost
-from fxprune.progress import Tracker
+from fxprune.pipeline.progress import Tracker
 from fxprune.report.content import Measures
-from fxprune.training.evaluate import Evaluation, evaluate, fixed_batch, run_onnx, run_program
+from fxprune.training.evaluate import Evaluation, evaluate, run_onnx, run_program
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from fxprune import passes
-from fxprune.context import Loss
 from fxprune.errors import InputError
+from fxprune.graph.facts import Preference
 from fxprune.passes import (
     AnnotateSensitivity,
     ConvertQuantized,
@@ -24,11 +24,12 @@ from fxprune.passes import (
     RemoveChannels,
     TrainQuantized,
 )
-from fxprune.pipeline import Pass, Pipeline
+from fxprune.pipeline.context import Loss
+from fxprune.pipeline.contract import Pass
+from fxprune.pipeline.driver import Pipeline
+from fxprune.pipeline.progress import Tracker
+from fxprune.pipeline.text import parse
 from fxprune.planning.budget import Budget, Target
-from fxprune.progress import Tracker
-from fxprune.structure.choices import Preference
-from fxprune.text.pipelines import parse
 
 DEFAULT_TARGETS = (Target.parse("macs=50%"),)
 

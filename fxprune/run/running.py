@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fxprune.facts import MASKS
+from fxprune.graph.facts import MASKS
 from fxprune.graph.program import Program
 from fxprune.onnx.export import parity_limit
-from fxprune.quantization.onnx_nodes import is_quantized
+from fxprune.onnx.quantized_nodes import is_quantized
 from fxprune.report.content import Check, GroupEntry, Measures, RunReport, TargetEntry, environment
+from fxprune.run.candidates import settle
 from fxprune.run.checkpoint import Checkpoint, Journal
 from fxprune.run.checks import (
     ACCURACY_LIMIT,
@@ -18,7 +19,6 @@ from fxprune.run.checks import (
     check_removal,
     result_checks,
 )
-from fxprune.run.forms import settle
 from fxprune.run.job import Job
 from fxprune.run.measure import measures
 from fxprune.structure.groups import Group

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.data import Batch
+from fxprune.data.batches import Batch
 from fxprune.errors import FxpruneError
 from fxprune.sensitivity.model import single_tensor
 from fxprune.sensitivity.probes import TraceProbes

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxprune.graph.calls import arguments
+from fxprune.graph.node_args import arguments
 from fxprune.graph.program import Program, shape_of
 from fxprune.structure.flow import Flow, Read
 from fxprune.structure.groups import Analysis, Group, analyse

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from fxprune.context import Loss
-from fxprune.data import Batch
+from fxprune.data.batches import Batch
 from fxprune.errors import FxpruneError, InputError
 from fxprune.graph.program import Program
+from fxprune.pipeline.context import Loss
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LabelSource = Literal["data", "predicted", "sampled"]

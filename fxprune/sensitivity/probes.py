@@ -24,8 +24,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from fxprune.data import Batch
-from fxprune.graph.calls import CONVOLUTIONS
+from fxprune.data.batches import Batch
+from fxprune.graph.node_args import CONVOLUTIONS
 from fxprune.graph.program import Program
 from fxprune.sensitivity.model import Objective, Precision, Weights, explained, single_tensor
 from fxprune.sensitivity.units import UnitLayout

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import torch
 
-from fxprune.context import Context
 from fxprune.errors import FxpruneError
-from fxprune.facts import Sensitivity
+from fxprune.graph.facts import Sensitivity
 from fxprune.graph.program import Program
+from fxprune.pipeline.context import Context
+from fxprune.sensitivity.gate_scores import GateProbes
 from fxprune.sensitivity.gates import GatedProgram
+from fxprune.sensitivity.heuristics import activation, magnitude, norm_scale, without
 from fxprune.sensitivity.model import traced_output
-from fxprune.sensitivity.slopes import GateProbes
-from fxprune.sensitivity.static import activation, magnitude, norm_scale, without
-from fxprune.sensitivity.tally import Tally, misplaced
+from fxprune.sensitivity.running_stats import Tally, misplaced
 from fxprune.sensitivity.task import Criterion, Details, Measured, Settings, Task
 from fxprune.sensitivity.traces import trace_scores
 from fxprune.sensitivity.units import UnitLayout

@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.context import Context
-from fxprune.data import Batch, batches
+from fxprune.data.batches import Batch, batches
 from fxprune.errors import InputError
+from fxprune.graph.cost import activation_bytes
 from fxprune.graph.program import Program
-from fxprune.planning.cost import activation_bytes
+from fxprune.pipeline.context import Context
 from fxprune.sensitivity.model import LabelSource, Objective, Precision
-from fxprune.sensitivity.tally import StoppingRule
+from fxprune.sensitivity.running_stats import StoppingRule
 from fxprune.sensitivity.units import UnitLayout
 
 Criterion = Literal[

@@ -13,7 +13,7 @@ from fxprune.errors import FxpruneError, InputError
 from fxprune.sensitivity.exact import exact_trace, singles
 from fxprune.sensitivity.model import Weights, traced_output
 from fxprune.sensitivity.probes import TraceProbes, piecewise_linear
-from fxprune.sensitivity.tally import Tally
+from fxprune.sensitivity.running_stats import Tally
 from fxprune.sensitivity.task import Details, Measured, Task
 
 FEW = 128  # outputs per sample up to which differentiating each is cheaper than probing

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxprune.facts import MASKS, Masks
-from fxprune.graph.calls import argument, packet_of
+from fxprune.graph.facts import MASKS, Masks
+from fxprune.graph.node_args import argument, packet_of
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import drop_unused, replace_node
 from fxprune.structure.verify import relative_error

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from fxprune.graph.facts import Preference
 from fxprune.structure.labels import Layer, Split
 from fxprune.structure.merging import Ints, Merges
 
-Preference = Literal["heads", "head_dim"]
 Key = tuple[str, int]
 
 

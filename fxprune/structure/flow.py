@@ -2,7 +2,7 @@
 
 Each index of each parameter dimension gets an identity, and the graph is interpreted on those
 instead of on numbers. Operators that only move data are executed as they are; the others have a
-rule (``fxprune.rules``); an operator with neither freezes what meets it.
+rule (``fxprune.structure.rules.registry``); an operator with neither freezes what meets it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.facts import Slot
-from fxprune.graph.explain import describe, fixed_size
+from fxprune.graph.facts import Slot
 from fxprune.graph.program import Program
 from fxprune.structure.choices import Choices, Survey
+from fxprune.structure.describe import describe, fixed_size
 from fxprune.structure.labels import Labels, Layer, Split, gather, rows, unlabelled
 from fxprune.structure.merging import Merges, Reason
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fxprune.facts import Slot
+from fxprune.graph.facts import Preference, Slot
 from fxprune.graph.program import Program
-from fxprune.rules import known_rules
-from fxprune.structure.choices import Choices, Preference, Survey
+from fxprune.structure.choices import Choices, Survey
 from fxprune.structure.flow import Flow
 from fxprune.structure.merging import Ints, Reason
+from fxprune.structure.rules.registry import known_rules
 
 
 @dataclass(frozen=True)

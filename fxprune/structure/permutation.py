@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxprune.errors import InputError
-from fxprune.facts import REMOVED, Removed
+from fxprune.graph.facts import REMOVED, Removed
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
 from fxprune.structure.groups import Analysis, Group, analyse

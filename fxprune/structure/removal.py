@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from fxprune.errors import InputError, PostconditionError
-from fxprune.facts import MASKS, REMOVED, Masks, Removed
-from fxprune.graph.calls import packet_of
+from fxprune.graph.facts import MASKS, REMOVED, Masks, Removed
+from fxprune.graph.node_args import packet_of
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
-from fxprune.rules import known_repairs
 from fxprune.structure.groups import Analysis, Group, analyse
 from fxprune.structure.labels import Labels
-from fxprune.structure.repair import Remains
+from fxprune.structure.rules.registry import known_repairs
+from fxprune.structure.rules.repair import Remains
 
 Kept = dict[int, Tensor]  # by dimension, a bool mask over its indices
 Doomed = Mapping[Group, Sequence[int]]

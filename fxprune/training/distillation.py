@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.context import Context
+from fxprune.calibration.outputs import class_axis, logits_of
 from fxprune.errors import InputError
+from fxprune.pipeline.context import Context
 from fxprune.sensitivity.model import kind_of
-from fxprune.training.evaluate import class_axis, logits_of
 
 LossOf = Callable[[Any, tuple[Any, ...], Any], Tensor]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxprune.data import batches
-from fxprune.errors import InputError
+from fxprune.calibration.outputs import class_axis, logits_of
+from fxprune.data.batches import batches
+from fxprune.data.datasets import Samples
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Samples
-from fxprune.progress import Tracker
+from fxprune.pipeline.progress import Tracker
 
 Run = Callable[[tuple[Any, ...]], Tensor]
 
@@ -95,14 +95,6 @@ def _filled(inputs: tuple[Any, ...], count: int, wanted: int | None) -> tuple[tu
     return filled, count
 
 
-def class_axis(logits: Tensor, target: Tensor | None = None) -> int:
-    """Return the axis of the classes: 1, but the last one for token logits ``(N, T, classes)``."""
-    if target is not None and logits.dim() == target.dim() + 1:
-        without = [*logits.shape[:1], *logits.shape[2:]]
-        return 1 if without == list(target.shape) else -1
-    return -1 if logits.dim() == 3 else 1
-
-
 def predict(logits: Tensor, target: Tensor) -> Tensor | None:
     """Return the predicted classes, shaped like the target; None if these are not classes."""
     if target.is_floating_point() or target.is_complex():
@@ -116,30 +108,10 @@ def predict(logits: Tensor, target: Tensor) -> Tensor | None:
     return predicted if predicted.shape == target.shape else None
 
 
-def logits_of(outputs: Any) -> Tensor:
-    """Pick the logits: the output itself, its entry ``logits``, or its first tensor."""
-    if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
-        logits: Tensor = outputs["logits"]
-        return logits
-    tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    if not tensors:
-        raise InputError("the model's output has no tensor to evaluate")
-    return tensors[0]
-
-
 def run_program(program: Program) -> Run:
     """Run a program in evaluation mode."""
     program.eval()
     return lambda inputs: logits_of(program(*inputs))
-
-
-def fixed_batch(program: Program) -> int | None:
-    """Return the batch size that the program is fixed to; None if it takes any."""
-    leaves = pytree.tree_leaves(program.example_inputs)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-    if not tensors or (program.dynamic and 0 in program.dynamic[0]):
-        return None
-    return int(tensors[0].shape[0])
 
 
 def run_onnx(path: Path, *, threads: int | None = None, fused: bool = True) -> Run:

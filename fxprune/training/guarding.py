@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.context import Context
-from fxprune.data import Data, batches, hold_out
+from fxprune.calibration.running import fixed_batch, placed
+from fxprune.data.batches import batches
+from fxprune.data.datasets import Samples
+from fxprune.data.roles import Data, hold_out
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Samples
+from fxprune.pipeline.context import Context
 from fxprune.training.distillation import LossOf, objective
-from fxprune.training.evaluate import fixed_batch
-from fxprune.training.loop import Epoch, Schedule, placed
+from fxprune.training.loop import Epoch, Schedule
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 MOST = 1024  # held-out samples

@@ -12,14 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fxprune.context import Context
-from fxprune.data import Batch, batches
+from fxprune.calibration.running import fixed_batch, placed
+from fxprune.data.batches import Batch, batches
+from fxprune.data.datasets import Samples
 from fxprune.errors import FxpruneError, InputError
-from fxprune.facts import MASKS
+from fxprune.graph.facts import MASKS
 from fxprune.graph.program import Program
-from fxprune.inputs.datasets import Samples
+from fxprune.pipeline.context import Context
 from fxprune.training.distillation import objective
-from fxprune.training.evaluate import fixed_batch
 
 
 @dataclass(frozen=True)
@@ -153,18 +153,6 @@ def _supply(program: Program, context: Context, schedule: Schedule) -> tuple[Sam
             f"{len(samples)} training samples; give more, or capture it with a smaller batch"
         )
     return samples, size, len(samples) // size
-
-
-@contextmanager
-def placed(program: Program, device: str) -> Iterator[None]:
-    """Have a program on a device for a while, then bring it back."""
-    first = next(iter(program.graph_module.parameters()), None)
-    home = first.device if first is not None else torch.device(device)
-    program.to(device)
-    try:
-        yield
-    finally:
-        program.to(home)
 
 
 @contextmanager

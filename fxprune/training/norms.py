@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxprune.context import Context
-from fxprune.data import batches
+from fxprune.calibration.running import fixed_batch, placed
+from fxprune.data.batches import batches
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
-from fxprune.training.evaluate import fixed_batch
-from fxprune.training.loop import placed
+from fxprune.pipeline.context import Context
 
 aten = torch.ops.aten
 Names = tuple[str, str]  # of a running mean and a running variance

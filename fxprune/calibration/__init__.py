@@ -1,0 +1,1 @@
+"""Running calibration samples through a program, and recording what it computes."""

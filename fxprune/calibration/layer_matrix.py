@@ -1,0 +1,183 @@
+"""Layers with a stored weight, as linear maps: their calls, and what they multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from fxprune.graph.node_args import CONVOLUTIONS, argument, packet_of, paddings, spread
+from fxprune.graph.program import Program
+
+aten = torch.ops.aten
+BLOCK = 2**23  # elements of a block of features
+TRANSPOSED = frozenset({aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d})
+LAYERS = frozenset({*CONVOLUTIONS, aten.linear})
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A stored weight and the calls that read it, in graph order.
+
+    Attributes:
+        weight: the weight's name.
+        bias: the bias's name; None if there is none, or calls differ in it.
+        calls: convolutions or linear layers.
+
+    """
+
+    weight: str
+    bias: str | None
+    calls: tuple[fx.Node, ...]
+
+    @property
+    def node(self) -> fx.Node:
+        """The first call."""
+        return self.calls[0]
+
+    @property
+    def fits(self) -> bool:
+        """Whether ``blocks`` can be had: not of transposed convolutions."""
+        return packet_of(self.node) not in TRANSPOSED
+
+
+def layers(program: Program) -> tuple[Layer, ...]:
+    """Return the layers whose weights are stored and have no other readers, in graph order."""
+    return tuple(_layers(program))
+
+
+def _layers(program: Program) -> Iterator[Layer]:
+    readers: dict[int, list[fx.Node]] = {}
+    names: dict[int, str] = {}
+    for node in program.tensor_nodes():
+        tensor = program.tensor(str(node.target))
+        names.setdefault(id(tensor), str(node.target))
+        readers.setdefault(id(tensor), []).extend(node.users)
+    order = {node: number for number, node in enumerate(program.graph.nodes)}
+    found = []
+    for key, users in readers.items():
+        calls = sorted(set(users), key=order.__getitem__)
+        if not all(packet_of(call) in LAYERS for call in calls):
+            continue
+        weights = [argument(call, "weight") for call in calls]
+        tensors = [program.tensor(str(w.target)) for w in weights if w.op == "get_attr"]
+        if len(tensors) == len(calls) and all(id(tensor) == key for tensor in tensors):
+            found.append(Layer(names[key], _bias(program, calls, readers), tuple(calls)))
+    yield from sorted(found, key=lambda layer: order[layer.node])
+
+
+def _bias(program: Program, calls: list[fx.Node], readers: dict[int, list[fx.Node]]) -> str | None:
+    """The bias that all calls add, and nothing else reads."""
+    biases = [argument(call, "bias") for call in calls]
+    if not all(isinstance(bias, fx.Node) and bias.op == "get_attr" for bias in biases):
+        return None
+    tensors = [program.tensor(str(bias.target)) for bias in biases]
+    if len({id(tensor) for tensor in tensors}) > 1:
+        return None
+    return str(biases[0].target) if set(readers[id(tensors[0])]) == set(calls) else None
+
+
+def channel_axis(node: fx.Node) -> int:
+    """Return the dimension of a call's value that counts its outputs."""
+    if packet_of(node) is aten.linear:
+        return -1
+    dims: int = argument(node, "weight").meta["val"].dim()
+    return 1 - dims
+
+
+def output_shape(node: fx.Node, value: Tensor) -> tuple[int, ...]:
+    """Return the shape of a call's value for an input of a batch size of its own."""
+    traced = node.meta["val"].shape
+    if packet_of(node) is aten.linear:
+        return (*value.shape[:-1], traced[-1])
+    batched = value.dim() == argument(node, "weight").meta["val"].dim()
+    return (value.shape[0], *traced[1:]) if batched else tuple(traced)
+
+
+def blocks(
+    node: fx.Node, value: Tensor, output: Tensor, some: Some | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Spread a call's input and its value, a few samples at a time.
+
+    Args:
+        node: a convolution or linear layer.
+        value: its input.
+        output: its value.
+        some: which positions to take; None for all.
+
+    Yields:
+        groups x features x positions: what each output of the group weighs; the product of
+        ``weight_rows`` with it is the call's value without its bias.
+        groups x outputs per group x positions: the call's value.
+
+    """
+    if packet_of(node) is aten.linear:
+        if some is not None and value.dim() > 2:
+            rows = some.draw(value.shape[1], value[0, 0, ..., 0].numel())
+            value, output = value[:, rows], output[:, rows]
+        value, output = value.flatten(0, -2), output.flatten(0, -2)
+        for x, y in zip(value.split(_per(value[:1])), output.split(_per(value[:1])), strict=True):
+            yield x.T.unsqueeze(0), y.T.unsqueeze(0)
+        return
+    weight, groups = argument(node, "weight").meta["val"], argument(node, "groups")
+    if value.dim() < weight.dim():
+        value, output = value.unsqueeze(0), output.unsqueeze(0)
+    size = _per(output[:1, :1], weight[0].numel() * groups)
+    for x, y in zip(value.split(size), output.split(size), strict=True):
+        rows = some.draw(y.shape[2], y[0, 0, 0].numel()) if some is not None else slice(None)
+        made = y[:, :, rows].transpose(0, 1).flatten(1).unflatten(0, (groups, -1))
+        yield _features(node, x, weight.shape[2:], rows), made
+
+
+@dataclass(frozen=True, eq=False)
+class Some:
+    """Draws positions: where neighbours are alike, a part of them tells nearly as much.
+
+    Attributes:
+        most: how many positions of a sample to take, at most, or a row of them.
+        random: what draws the rows.
+
+    """
+
+    most: int
+    random: torch.Generator
+
+    def draw(self, rows: int, width: int) -> Tensor | slice:
+        """Return numbers of rows, or all of them."""
+        wanted = -(-self.most // max(width, 1))
+        if wanted >= rows:
+            return slice(None)
+        return torch.randperm(rows, generator=self.random)[:wanted].sort().values
+
+
+def _per(sample: Tensor, times: int = 1) -> int:
+    """How many samples make a block."""
+    return max(1, BLOCK // max(1, sample.numel() * times))
+
+
+def _features(node: fx.Node, value: Tensor, kernel: torch.Size, rows: Tensor | slice) -> Tensor:
+    """Spread a convolution's input: groups x features x positions."""
+    dims, groups = len(kernel), argument(node, "groups")
+    stride, dilation = (spread(argument(node, name), dims) for name in ("stride", "dilation"))
+    around = paddings(argument(node, "padding"), kernel, dilation)
+    value = F.pad(value, [size for pair in reversed(around) for size in pair])
+    sizes = zip(kernel, stride, dilation, strict=True)
+    for dim, (size, step, apart) in enumerate(sizes, start=2):
+        value = value.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
+        if dim == 2:
+            value = value[:, :, rows]
+    last = range(2 + dims, 2 + 2 * dims)
+    # channels, kernel, batch, positions
+    laid: Tensor = value.permute(1, *last, 0, *range(2, 2 + dims))
+    found: Tensor = laid.flatten(1 + dims).flatten(0, dims).unflatten(0, (groups, -1))
+    return found
+
+
+def weight_rows(node: fx.Node, weight: Tensor) -> Tensor:
+    """Spread a weight: groups x outputs per group x features."""
+    groups: int = 1 if packet_of(node) is aten.linear else argument(node, "groups")
+    found: Tensor = weight.flatten(1).unflatten(0, (groups, -1))
+    return found

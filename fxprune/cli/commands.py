@@ -1,0 +1,218 @@
+"""The command line: ``fxprune compile``, ``inspect``, ``bench`` and ``passes``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fxprune import passes as registry
+from fxprune.cli.allocator import keep_freed_memory
+from fxprune.cli.exits import exits
+from fxprune.cli.request import Request, read_text, split, typed
+from fxprune.data.batches import batches
+from fxprune.errors import InputError
+from fxprune.graph.facts import Preference
+from fxprune.graph.program import Program
+from fxprune.graph.trace import trace
+from fxprune.onnx.benchmark import compare
+from fxprune.pipeline.progress import Tracker
+from fxprune.pipeline.text import Recipe, parse, read_recipe
+from fxprune.report.inspection import inspect as inspect_program
+from fxprune.report.inspection import print_inspection
+from fxprune.report.inspection_html import inspection_html
+from fxprune.report.listing import describe, print_passes
+from fxprune.report.table import print_latencies, print_report
+from fxprune.run.compile import compile as compile_model
+from fxprune.run.output import check_writable, prepare, write_text
+
+app = typer.Typer(
+    help="Compile trained PyTorch models into physically smaller ones, as ONNX, with proof.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)  # fmt: skip
+
+Words = list[str] | None
+Model = Annotated[str, typer.Argument(help="state dict, exported program or module")]
+Arch = Annotated[
+    str | None, typer.Option(help="torchvision:NAME, timm:NAME or package.module:factory")
+]
+ArchOption = Annotated[Words, typer.Option(help="name=value for that factory; repeatable")]
+DataName = Annotated[
+    str | None, typer.Option(help="image folder, .npz, digits or package.module:factory")
+]
+DataOption = Annotated[Words, typer.Option(help="name=value for that factory; repeatable")]
+InputShape = Annotated[
+    str | None, typer.Option(help="of one sample, such as 3,32,32; default: that of the data")
+]
+ImageSize = Annotated[str | None, typer.Option(help="size that image files are brought to")]
+Mean = Annotated[str | None, typer.Option(help="per channel, of images between 0 and 1")]
+Std = Annotated[str | None, typer.Option(help="per channel, of images between 0 and 1")]
+Trust = Annotated[bool, typer.Option("--trust-pickle", help="run code from the model's file")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks and all warnings")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Threads = Annotated[int | None, typer.Option(min=1, help="of PyTorch and ONNX Runtime")]
+
+
+@app.command("compile")
+def compile_command(
+    model: Annotated[str | None, typer.Argument(help="state dict or exported program")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the results")] = Path("out"),
+    data: DataName = None,
+    data_option: DataOption = None,
+    arch: Arch = None,
+    arch_option: ArchOption = None,
+    input_shape: InputShape = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    target: Annotated[
+        Words, typer.Option(help="macs=50%, macs=2x, params=30%, size=1MB, latency=60%; repeatable")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="points of accuracy to lose at most; without targets, sought out"),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=0, help="of fine-tuning; default 0")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="to the target, default 1; epochs are shared out")
+    ] = None,
+    attention: Annotated[
+        Preference | None, typer.Option(help="which part of attention widths goes; default heads")
+    ] = None,
+    int8: Annotated[
+        bool | None,
+        typer.Option("--int8/--fp32", help="8-bit codes or floats; default: the better one"),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML of a run; options override it")] = None,
+    passes: Annotated[str | None, typer.Option(help="a pipeline, such as a,b{x=1},c")] = None,
+    calibration: Annotated[int | None, typer.Option(help="calibration samples at most")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="of evaluation; default 128")] = None,
+    seed: Annotated[int | None, typer.Option(help="of all randomness; default 0")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (the default) or cuda")] = None,
+    threads: Threads = None,
+    verify: Annotated[bool | None, typer.Option(help="zero-then-remove before the cut")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a killed run")] = False,
+    trust_pickle: Trust = False,
+    debug: Debug = False,
+    quiet_run: Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")] = False,
+) -> None:
+    """Compile a model into a smaller one: model.onnx, model.pt2 and a report in the folder OUT."""
+    given = {**locals()}
+    for name in ("out", "recipe", "passes", "resume", "debug", "quiet_run"):
+        del given[name]
+    with exits(debug):
+        check_writable(out)
+        known = registry.known()
+        wanted = Recipe()
+        if recipe is not None:
+            wanted = read_recipe(read_text(recipe, "--recipe"), known, f"the recipe {recipe}")
+        told = typed(wanted.options, f"the recipe {recipe}")
+        told |= {name: value for name, value in given.items() if value is not None}
+        pipeline = parse(passes, known) if passes else wanted.pipeline
+        request, options = split(told)
+        progress = Tracker(False if quiet_run else None)
+        samples = request.load_data(options.get("seed", 0))
+        result = compile_model(
+            request.load_model(), request.example_inputs(), data=samples, out=out, resume=resume,
+            pipeline=pipeline, progress=progress, origin=request.told(), **options,
+        )  # fmt: skip
+        if not quiet_run:
+            print_report(result.report, Console())
+            print(f"\nwrote {', '.join(result.files)} in {out}")
+    raise typer.Exit(0 if result.report.ok else 1)
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Model,
+    arch: Arch = None,
+    arch_option: ArchOption = None,
+    data: DataName = None,
+    data_option: DataOption = None,
+    input_shape: InputShape = None,
+    image_size: ImageSize = None,
+    trust_pickle: Trust = False,
+    attention: Annotated[
+        Preference, typer.Option(help="which part of attention widths units are")
+    ] = "heads",
+    html: Annotated[Path | None, typer.Option(help="file to draw the graph into")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List what can be removed, what it is worth, and what is frozen and why."""
+    with exits(debug):
+        request = Request(
+            model, arch, tuple(arch_option or ()), data, tuple(data_option or ()), input_shape,
+            image_size, trust_pickle=trust_pickle,
+        )  # fmt: skip
+        if html is not None:
+            check_writable(html.parent)
+        program = _traced(request)
+        found = inspect_program(program, attention)
+        if html is not None:
+            write_text(prepare(html.parent) / html.name, inspection_html(program, found))
+        if as_json:
+            print(found.to_json())
+        else:
+            print_inspection(found, Console())
+
+
+def _traced(request: Request) -> Program:
+    model = request.load_model()
+    if isinstance(model, Program):
+        return model
+    inputs = request.example_inputs()
+    if inputs is None and (data := request.load_data(0)) is not None:
+        inputs = next(batches(data.calibration, 1)).inputs
+    if inputs is None:
+        raise InputError("tell what the model takes: --input-shape 3,224,224 or --data DATA")
+    return trace(model, inputs)
+
+
+@app.command("bench")
+def bench_command(
+    models: Annotated[list[Path], typer.Argument(help="ONNX files; speed-ups are over the first")],
+    batch: Annotated[int, typer.Option(min=1, help="size of dynamic dimensions")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="of ONNX Runtime")] = 1,
+    seconds: Annotated[float, typer.Option(min=0, help="how long to measure")] = 5.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time ONNX files against each other in ONNX Runtime, in turns on random inputs."""
+    with exits(debug):
+        found = compare(
+            {str(path): path for path in models}, batch=batch, threads=threads, seconds=seconds
+        )
+        if as_json:
+            print(json.dumps({name: asdict(latency) for name, latency in found.items()}, indent=2))
+        else:
+            print_latencies(found, Console())
+
+
+@app.command("passes")
+def passes_command(
+    names: Annotated[Words, typer.Argument(help="only these")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List every pass, its options with their defaults, and the facts it needs and gives."""
+    with exits(debug):
+        known = registry.known()
+        if unknown := sorted(set(names or ()) - set(known)):
+            raise InputError(f"there is no pass '{unknown[0]}'; there are {', '.join(known)}")
+        steps = [known[name] for name in names or known]
+        if as_json:
+            print(json.dumps([describe(step) for step in steps], indent=2))
+        else:
+            print_passes(steps, Console())
+
+
+def main() -> None:
+    """Run the command line."""
+    keep_freed_memory()
+    app()

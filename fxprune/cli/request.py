@@ -1,0 +1,166 @@
+"""What the command line names, the model and the data, as files and text, and how they load."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from torch import nn
+
+from fxprune.data.images import Scaling
+from fxprune.data.roles import Data
+from fxprune.data.sources import load_data
+from fxprune.errors import InputError
+from fxprune.graph.program import Program
+from fxprune.models.loading import load_model
+from fxprune.pipeline.values import convert
+from fxprune.run.options import Options
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model and data as users name them; the fields are options of the command line.
+
+    Attributes:
+        model: the file of the model.
+        arch: what a state dict fits.
+        arch_option: ``name=value`` for its factory.
+        data: the data's folder, file, name or factory.
+        data_option: ``name=value`` for its factory.
+        input_shape: of one sample, such as ``3,32,32``.
+        image_size: that image files are resized and cropped to, ``224`` or ``224,160``.
+        mean: per channel, of images between 0 and 1.
+        std: likewise.
+        trust_pickle: consent to run code from the model's file.
+
+    """
+
+    model: str
+    arch: str | None = None
+    arch_option: tuple[str, ...] = ()
+    data: str | None = None
+    data_option: tuple[str, ...] = ()
+    input_shape: str | None = None
+    image_size: str | None = None
+    mean: str | None = None
+    std: str | None = None
+    trust_pickle: bool = False
+
+    def told(self) -> dict[str, Any]:
+        """Return what a recipe says of it: all that is given, but never the consent."""
+        given = {name: value for name, value in asdict(self).items() if value not in (None, ())}
+        del given["trust_pickle"]
+        return given
+
+    def load_model(self) -> nn.Module | Program:
+        """Load the model's file."""
+        options = keywords(self.arch_option, "--arch-option")
+        return load_model(self.model, self.arch, options=options, trust_pickle=self.trust_pickle)
+
+    def load_data(self, seed: int) -> Data | None:
+        """Load the data, if any are named."""
+        if self.data is None:
+            return None
+        shape = self._shape()
+        size = numbers(self.image_size, "--image-size", int)
+        if not size and shape and len(shape) == 3:
+            size = shape[1:]
+        scaling = Scaling(
+            (int(size[0]), int(size[-1])) if size else None,
+            numbers(self.mean, "--mean", float) or None,
+            numbers(self.std, "--std", float) or None,
+        )
+        options = keywords(self.data_option, "--data-option")
+        channels = shape[0] if len(shape) == 3 else 3
+        return load_data(self.data, scaling, options=options, channels=channels, seed=seed)
+
+    def example_inputs(self) -> tuple[Any, ...] | None:
+        """Return one made-up sample of the input shape, if that is given."""
+        if not (shape := self._shape()):
+            return None
+        random = torch.Generator().manual_seed(0)
+        return (torch.randn(1, *shape, generator=random),)
+
+    def _shape(self) -> tuple[int, ...]:
+        return numbers(self.input_shape, "--input-shape", int)
+
+
+# What a recipe's [run] may say; consent to unpickling is given on the command line alone.
+_HINTS = get_type_hints(Request) | get_type_hints(Options) | {"target": tuple[str, ...]}
+_SAID = {field.name for field in fields(Request)} | set(Options.TOLD) | {"target"}
+
+
+def typed(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Give the options of a recipe their types.
+
+    Raises:
+        InputError: an option is unknown or has a wrong value.
+
+    """
+    found: dict[str, Any] = {}
+    for option, value in options.items():
+        name = option.replace("-", "_")
+        if name not in _SAID - {"trust_pickle"}:
+            raise InputError(f"{where}: [run] may not say '{option}'")
+        try:
+            found[name] = convert(value, _HINTS[name])
+        except ValueError as error:
+            raise InputError(f"{where}: '{option}': {error}") from error
+    return found
+
+
+def split(told: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
+    """Part what names the model and the data from the options of the run.
+
+    Raises:
+        InputError: no model is named.
+
+    """
+    if "model" not in told:
+        raise InputError("name the model's file: fxprune compile MODEL --data DATA")
+    parts = {field.name for field in fields(Request)}
+    named = {name: value for name, value in told.items() if name in parts}
+    for name in ("arch_option", "data_option"):
+        named[name] = tuple(named.get(name, ()))
+    return Request(**named), {name: value for name, value in told.items() if name not in parts}
+
+
+def keywords(texts: Iterable[str], option: str) -> Mapping[str, Any]:
+    """Read ``name=value`` texts; values are JSON where they can be, else text."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name.isidentifier():
+            raise InputError(f"{option} {text}: write name=value")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return found
+
+
+def numbers(text: str | None, option: str, kind: type[Any]) -> tuple[Any, ...]:
+    """Read positive numbers separated by commas or ``x``; none for None."""
+    if text is None:
+        return ()
+    try:
+        found = tuple(kind(part) for part in re.split(r"[,x]", str(text)))
+    except ValueError as error:
+        raise InputError(f"{option} {text}: write numbers with commas, such as 3,32,32") from error
+    if kind is int and min(found) < 1:
+        raise InputError(f"{option} {text}: sizes must be at least 1")
+    return found
+
+
+def read_text(path: Path, option: str) -> str:
+    """Read a text file that an option names."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise InputError(f"{option} {path} cannot be read: {reason}") from error

@@ -1,0 +1,1 @@
+"""Datasets, their roles, and batches of samples."""

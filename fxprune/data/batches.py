@@ -1,0 +1,76 @@
+"""Batches of samples: what a model takes, and the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import Subset, TensorDataset, default_collate
+
+from fxprune.data.datasets import Gathers, Samples
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples, stacked: what the model takes, and the targets (None where unlabelled)."""
+
+    inputs: tuple[Any, ...]
+    target: Any | None
+
+    def __len__(self) -> int:
+        return int(pytree.tree_leaves(self.inputs)[0].shape[0])
+
+
+def batches(
+    dataset: Samples,
+    batch_size: int,
+    *,
+    seed: int | None = None,
+    limit: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Iterator[Batch]:
+    """Yield batches of the dataset, the last one perhaps smaller.
+
+    Args:
+        dataset: items are ``(input, target)``, or an input alone; an input that is a tuple stands
+            for several model inputs.
+        batch_size: samples per batch.
+        seed: shuffles, the same way for the same seed; None keeps the order of the dataset.
+        limit: how many samples to take at most; without a seed these are the first ones, which
+            may all be of one class.
+        device: where the tensors go.
+
+    """
+    indices = torch.arange(len(dataset))
+    if seed is not None:
+        indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    for chosen in indices[:limit].split(batch_size):
+        collated = pytree.tree_map_only(
+            Tensor, lambda tensor: tensor.to(device), _gather(dataset, chosen)
+        )
+        yield _as_batch(collated)
+
+
+def _gather(dataset: Any, indices: Tensor) -> Any:
+    if isinstance(dataset, Subset):
+        return _gather(dataset.dataset, torch.as_tensor(dataset.indices)[indices])
+    if isinstance(dataset, Gathers):
+        return dataset.gather(indices)
+    if isinstance(dataset, TensorDataset):
+        return tuple(tensor[indices] for tensor in dataset.tensors)
+    return default_collate([dataset[index] for index in indices.tolist()])
+
+
+def _as_batch(collated: Any) -> Batch:
+    if not isinstance(collated, (tuple, list)):
+        return Batch((collated,), None)
+    if len(collated) == 1:
+        return Batch(tuple(collated), None)
+    *inputs, target = collated
+    if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
+        inputs = list(inputs[0])
+    return Batch(tuple(inputs), target)

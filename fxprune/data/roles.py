@@ -1,0 +1,152 @@
+"""Data: which samples calibrate, train and evaluate, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
+
+from fxprune.data.datasets import Arrays, Collated, Samples
+from fxprune.errors import InputError
+
+ROLES = ("calibration", "train", "eval")
+HELD_OUT = 0.2  # the share of the samples that evaluates where no evaluation data was given
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Datasets by role; items are ``(input, target)``, or an input alone.
+
+    Attributes:
+        calibration: what estimates statistics and sensitivities.
+        train: what fine-tuning learns from; None if there is nothing to learn from.
+        eval: what accuracy is measured on; None if there is nothing to measure on.
+        notes: what the report should tell about the choice.
+
+    """
+
+    calibration: Samples
+    train: Samples | None = None
+    eval: Samples | None = None
+    notes: tuple[str, ...] = ()
+
+    def roles(self) -> Iterator[tuple[str, Samples]]:
+        """Yield each role that is filled, with its dataset."""
+        for role in ROLES:
+            if (samples := getattr(self, role)) is not None:
+                yield role, samples
+
+
+def as_data(source: Any, *, seed: int = 0) -> Data:
+    """Give datasets their roles.
+
+    Args:
+        source: a ``Data``, a map-style dataset, a ``DataLoader`` (its dataset and its collate
+            function are used), a tensor of inputs, a pair of tensors ``(x, y)``, or a mapping from
+            any of ``calibration``, ``train`` and ``eval`` to these. Without ``eval`` a fifth of
+            the samples is held out for it; ``{"eval": None}`` forgoes evaluation.
+        seed: chooses the samples that are held out.
+
+    Raises:
+        InputError: the source is none of these, or a dataset is empty.
+
+    """
+    if isinstance(source, Data):
+        return source
+    if not isinstance(source, Mapping):
+        return _with_roles({"train": _samples(source, "data")}, seed)
+    if unknown := sorted(map(str, set(source) - set(ROLES))):
+        raise InputError(
+            f"the data has the unknown parts {', '.join(unknown)}; a mapping may have the keys "
+            f"{', '.join(ROLES)}"
+        )
+    parts = {role: None if part is None else _samples(part, role) for role, part in source.items()}
+    return _with_roles(parts, seed)
+
+
+def _with_roles(parts: Mapping[str, Samples | None], seed: int) -> Data:
+    train, calibration = parts.get("train"), parts.get("calibration")
+    pool = train if train is not None else calibration
+    if pool is None:
+        raise InputError(
+            "the data has nothing to calibrate on; give 'calibration' or 'train' samples "
+            "besides 'eval'"
+        )
+    notes: list[str] = []
+    evaluation = parts.get("eval")
+    rest = pool
+    if "eval" not in parts and len(pool) > 1:
+        evaluation, rest = hold_out(pool, seed)
+        notes.append(
+            f"no evaluation data was given: {len(evaluation):,} of {len(pool):,} samples "
+            f"are held out for it (drawn with seed {seed})"
+        )
+    if train is None:
+        if "train" not in parts:
+            notes.append("no training data was given: the calibration samples serve for it")
+        return Data(rest, rest if "train" not in parts else None, evaluation, tuple(notes))
+    if calibration is None or calibration is train:
+        calibration = rest
+    return Data(calibration, rest, evaluation, tuple(notes))
+
+
+def hold_out(samples: Samples, seed: int, share: float = HELD_OUT) -> tuple[Samples, Samples]:
+    """Split a dataset into ``(held out, rest)``, at random but the same for the same seed."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    count = min(max(round(share * len(samples)), 1), len(samples) - 1)
+    held_out, rest = sorted(order[:count]), sorted(order[count:])
+    return _subset(samples, held_out), _subset(samples, rest)
+
+
+def _subset(samples: Samples, indices: list[int]) -> Samples:
+    subset: Samples = Subset(samples, indices)  # type: ignore[arg-type]  # any map-style dataset
+    return subset
+
+
+def _samples(source: Any, role: str) -> Samples:
+    if isinstance(source, DataLoader):
+        source = _unload(source)
+    if isinstance(source, (Tensor, np.ndarray)):
+        source = Arrays(torch.as_tensor(source))
+    elif isinstance(source, tuple) and all(isinstance(x, (Tensor, np.ndarray)) for x in source):
+        source = _pair(source, role)
+    if isinstance(source, IterableDataset) or not (
+        hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    ):
+        raise InputError(
+            f"{role} is a {type(source).__name__}, which has no length and no items by number; "
+            "give a map-style dataset of (input, target) samples, a DataLoader over one, "
+            "or a pair of tensors"
+        )
+    if len(source) == 0:
+        raise InputError(f"{role} has no samples")
+    samples: Samples = source
+    return samples
+
+
+def _unload(loader: DataLoader[Any]) -> Any:
+    if loader.collate_fn is None or loader.collate_fn is default_collate:
+        return loader.dataset
+    return Collated(loader.dataset, loader.collate_fn)  # type: ignore[arg-type]  # map-style, checked next
+
+
+def _pair(source: tuple[Any, ...], role: str) -> Arrays:
+    tensors = [torch.as_tensor(array) for array in source]
+    if len(tensors) != 2 or len(tensors[0]) != len(tensors[1]):
+        lengths = ", ".join(str(len(tensor)) for tensor in tensors)
+        raise InputError(
+            f"{role} is a tuple of tensors of lengths {lengths}; "
+            "give one pair (x, y) with as many targets as inputs"
+        )
+    return Arrays(tensors[0], tensors[1])
+
+
+def subset(samples: Samples, count: int, seed: int) -> Samples:
+    """Choose some of the samples, at random but the same for the same seed."""
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+    return _subset(samples, sorted(order[:count].tolist()))

@@ -1,0 +1,1 @@
+"""Models from files, folders and factories."""

@@ -1,0 +1,1 @@
+"""The contract of passes, and the driver that runs them."""

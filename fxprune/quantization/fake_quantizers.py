@@ -1,0 +1,201 @@
+"""Quantising a program: observers in, their findings to scales, fake-quantisers to codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.calibration.running import fixed_batch, placed
+from fxprune.data.batches import batches
+from fxprune.graph.custom_ops import FAKE_QUANTIZE, OBSERVE
+from fxprune.graph.facts import OBSERVED
+from fxprune.graph.program import Program
+from fxprune.graph.surgery import insert_call, read_tensor, replace_node, set_tensor
+from fxprune.host import features
+from fxprune.pipeline.context import Context
+from fxprune.quantization.observers import Method, Observer, activation_scale, weight_scale
+from fxprune.quantization.patterns import Placement, sums_exactly
+
+ACTIVATION_CODES = (0, 255)
+WEIGHT_CODE = 127  # of two weights side by side, with rounding: 255 * (127 + 1) < 2**15
+HOME = "quantizers"  # under which the scales of activations are found
+
+
+def sums_overflow() -> bool:
+    """Whether this processor adds 8-bit products in 16 bits, as x86 without VNNI does."""
+    found = features()
+    return "avx2" in found and not any("vnni" in name or "int8" in name for name in found)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One observer or fake-quantiser: a node, and its arguments by name."""
+
+    node: fx.Node
+    value: fx.Node
+    key: str
+    low: int
+    high: int
+    symmetric: bool
+    axis: int
+
+
+def sites(program: Program) -> tuple[Site, ...]:
+    """Return all observers of a program, in its order."""
+    return tuple(Site(node, *node.args) for node in program.graph.nodes if node.target is OBSERVE)
+
+
+def observe(program: Program, placement: Placement) -> int:
+    """Put observers at every place; returns how many."""
+    for root, readers in placement.roots.items():
+        key = placement.keys[root]
+        node = _after(program, root, OBSERVE, (root, key, *ACTIVATION_CODES, False, -1))
+        for reader in readers:
+            reader.replace_input_with(root, node)
+    weights: dict[int, fx.Node] = {}
+    for layer in placement.layers:
+        weight = layer.args[1]
+        assert isinstance(weight, fx.Node)
+        name = str(weight.target)
+        stored = id(program.tensor(name))  # tied weights have several names
+        if stored not in weights:
+            args = (weight, name, -WEIGHT_CODE, WEIGHT_CODE, True, 0)
+            weights[stored] = insert_call(program, layer, OBSERVE, args)
+        layer.replace_input_with(weight, weights[stored])
+    return len(placement.roots) + len(weights)
+
+
+def _after(program: Program, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    place = node.next
+    while place.op == "placeholder":  # inputs come before all calls
+        place = place.next
+    return insert_call(program, place, target, args)
+
+
+def walk(
+    program: Program,
+    context: Context,
+    found: Iterable[Site],
+    method: Method,
+    samples: int,
+    batch_size: int,
+) -> dict[str, Observer]:
+    """Run calibration samples through a program and return what its sites saw, by key."""
+    watched = {site.node: site.key for site in found if not site.symmetric}
+    observers = {key: Observer() for key in watched.values()}
+    walks = ["extremes"] if method in ("minmax", "moving-average") else ["extremes", "tally"]
+    fixed = fixed_batch(program)
+    size, total = fixed or batch_size, min(samples, len(context.samples.calibration))
+    total = max(total - total % fixed, fixed) if fixed else total
+    with placed(program, context.device), torch.no_grad():
+        for title in walks:
+            watcher = _Watcher(program, watched, observers, title)
+            stream = batches(
+                context.samples.calibration, size, seed=context.seed, limit=total,
+                device=context.device,
+            )  # fmt: skip
+            for batch in context.progress.track(stream, "calibrating", -(-total // size)):
+                watcher.run(*batch.inputs)
+    return observers
+
+
+class _Watcher(fx.Interpreter):
+    """Runs a program and hands what enters its sites to observers."""
+
+    def __init__(
+        self,
+        program: Program,
+        watched: Mapping[fx.Node, str],
+        observers: Mapping[str, Observer],
+        method: str,
+    ) -> None:
+        super().__init__(program.graph_module)
+        self._watched, self._observers, self._method = watched, observers, method
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self._watched:
+            value = self.fetch_args_kwargs_from_env(n)[0][0]
+            getattr(self._observers[self._watched[n]], self._method)(value)
+        return super().run_node(n)
+
+
+def settle(
+    program: Program,
+    found: Sequence[Site],
+    observers: Mapping[str, Observer],
+    method: Method,
+    *,
+    search_weights: bool = False,
+) -> int:
+    """Replace observers by fake-quantisers with the scales they found; returns how many."""
+    for site in found:
+        names = names_of(site)
+        for name, value in zip(
+            names, _scale(program, site, observers, method, search_weights), strict=True
+        ):
+            set_tensor(program, name, value)
+        read = [read_tensor(program, name, site.node) for name in names]
+        args = (site.value, *read, site.low, site.high, site.axis)
+        new = insert_call(program, site.node, FAKE_QUANTIZE, args)
+        replace_node(program, site.node, new)
+    return len(found)
+
+
+def remeasure(
+    program: Program, context: Context, method: Method, samples: int, batch_size: int
+) -> None:
+    """Give fake-quantisers the scales of the values that they see now, rounding included."""
+    program.eval()
+    found = fakes(program)
+    observers = walk(program, context, found, method, samples, batch_size)
+    for site in found:
+        for node, value in zip(
+            site.node.args[1:3], _scale(program, site, observers, method, False), strict=True
+        ):
+            old = program.tensor(str(cast(fx.Node, node).target))
+            with torch.no_grad():
+                old.copy_(value)
+    program.train()
+
+
+def fakes(program: Program) -> tuple[Site, ...]:
+    """Return all fake-quantisers of a program, in its order."""
+    found = []
+    for node in program.graph.nodes:
+        if node.target is FAKE_QUANTIZE:
+            value, scale, _, low, high, axis = cast(tuple[Any, ...], node.args)
+            found.append(Site(node, value, str(scale.target), low, high, axis != -1, axis))
+    return tuple(found)
+
+
+def _scale(
+    program: Program,
+    site: Site,
+    observers: Mapping[str, Observer],
+    method: Method,
+    search_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """The scale and the zero point of a site."""
+    if site.symmetric:
+        weight = program.tensor(str(site.value.target))
+        paired = program.get(OBSERVED).paired and not all(map(sums_exactly, site.node.users))
+        scale = weight_scale(weight, site.high, site.axis, search=search_weights, paired=paired)
+        return scale.detach(), torch.zeros_like(scale, dtype=torch.int8)
+    span = observers[site.key].span(method, site.high - site.low + 1)
+    step, zero = activation_scale(*span, (site.low, site.high))
+    device = next(program.graph_module.parameters()).device
+    return (
+        torch.tensor(step, device=device),
+        torch.tensor(zero, dtype=torch.uint8, device=device),
+    )
+
+
+def names_of(site: Site) -> tuple[str, str]:
+    """Return the names of an observer's scale and zero point."""
+    if site.symmetric:
+        return f"{site.key}_scale", f"{site.key}_zero_point"
+    return f"{HOME}.{site.key}.scale", f"{HOME}.{site.key}.zero_point"

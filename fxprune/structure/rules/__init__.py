@@ -1,0 +1,1 @@
+"""Rules: what each family of operators does to dimensions."""

@@ -1,0 +1,206 @@
+"""Products that sum over a dimension: linear layers, matrix products, einsum, attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxprune.graph.node_args import arguments
+from fxprune.structure.flow import Flow, Path, Read, Rule
+from fxprune.structure.labels import Labels, Layer
+
+aten = torch.ops.aten
+
+
+def contract(
+    flow: Flow, node: fx.Node, operands: list[tuple[Path, Labels, str]], result: str
+) -> Labels:
+    """Label a product given by letters, as einsum would write it.
+
+    Dimensions with the same letter keep the same indices; a letter absent from ``result`` is
+    summed over, which is where removed units cease to be read.
+
+    Args:
+        flow: the labels so far.
+        node: the product.
+        operands: argument position, labels, and one letter per dimension.
+        result: one letter per dimension of the result.
+
+    """
+    layers: tuple[Layer, ...] = ()
+    reads = []
+    for letter in dict.fromkeys("".join(letters for _, _, letters in operands)):
+        places = [
+            (path, labels, dim)
+            for path, labels, letters in operands
+            for dim, name in enumerate(letters)
+            if name == letter
+        ]
+        out_dim = result.find(letter)
+        found = flow.align(node, [(labels, dim) for _, labels, dim in places], max(out_dim, 0))
+        if out_dim >= 0:
+            layers += found
+        else:
+            reads.append(Read(places[0][0], places[0][2]))
+    flow.reads[node] = flow.reads.get(node, ()) + tuple(reads)
+    return Labels(tuple(node.meta["val"].shape), layers)
+
+
+def _letters(count: int) -> str:
+    return "abcdefghijklmnopqrstuvw"[:count]
+
+
+def linear(flow: Flow, node: fx.Node) -> Any:
+    """``y[..., o] = sum over i of x[..., i] w[o, i] + b[o]``."""
+    given = arguments(node)
+    operand, weight = flow.labels(given["input"]), flow.labels(given["weight"])
+    batch = _letters(len(operand.shape) - 1)
+    places = [((0,), operand, batch + "x"), ((1,), weight, "yx" if len(weight.shape) == 2 else "x")]
+    if isinstance(given["bias"], fx.Node):
+        places.append(((2,), flow.labels(given["bias"]), "y"))
+    return contract(flow, node, places, batch + ("y" if len(weight.shape) == 2 else ""))  # type: ignore[arg-type]
+
+
+def matmul(flow: Flow, node: fx.Node) -> Any:
+    """Batched matrix product with broadcast batch dimensions."""
+    left, right = flow.labels(node.args[0]), flow.labels(node.args[1])
+    rank = max(len(left.shape), len(right.shape), 2)
+    batch = _letters(rank - 2)
+    left_letters = "y" if len(left.shape) == 1 else batch[rank - len(left.shape) :] + "xy"
+    right_letters = "y" if len(right.shape) == 1 else batch[rank - len(right.shape) :] + "yz"
+    result = batch + ("x" if len(left.shape) > 1 else "") + ("z" if len(right.shape) > 1 else "")
+    _note_roles(flow, node, left, right)
+    return contract(flow, node, [((0,), left, left_letters), ((1,), right, right_letters)], result)
+
+
+def addmm(flow: Flow, node: fx.Node) -> Any:
+    """``bias + left @ right``; the bias broadcasts."""
+    bias, left, right = (flow.labels(operand) for operand in node.args[:3])
+    batch = _letters(len(left.shape) - 2)
+    result = batch + "xz"
+    places: list[tuple[Path, Labels, str]] = [
+        ((1,), left, batch + "xy"),
+        ((2,), right, batch + "yz"),
+    ]
+    places.append(((0,), bias, result[len(result) - len(bias.shape) :]))
+    if batch:
+        _note_roles(flow, node, left, right)
+    return contract(flow, node, places, result)
+
+
+def bilinear(flow: Flow, node: fx.Node) -> Any:
+    """``y[..., o] = sum over i, j of x[..., i] w[o, i, j] z[..., j] + b[o]``."""
+    given = arguments(node)
+    left, right = flow.labels(given["input1"]), flow.labels(given["input2"])
+    batch = _letters(len(left.shape) - 1)
+    places: list[tuple[Path, Labels, str]] = [
+        ((0,), left, batch + "x"),
+        ((1,), right, batch + "y"),
+        ((2,), flow.labels(given["weight"]), "zxy"),
+    ]
+    if isinstance(given["bias"], fx.Node):
+        places.append(((3,), flow.labels(given["bias"]), "z"))
+    return contract(flow, node, places, batch + "z")
+
+
+def einsum(flow: Flow, node: fx.Node) -> Any:
+    """The product that its equation says; an ellipsis stands for leading dimensions."""
+    equation, sources = node.args[0], node.args[1]
+    labels = [flow.labels(source) for source in sources]  # type: ignore[union-attr]
+    terms, _, result = str(equation).replace(" ", "").partition("->")
+    operands = terms.split(",")
+    if not result:
+        counts = terms.replace(",", "").replace(".", "")
+        single = "".join(sorted(c for c in set(counts) if counts.count(c) == 1))
+        result = ("..." if "..." in terms else "") + single
+    pairs = list(zip(operands, labels, strict=True))
+    spans = [len(found.shape) - len(term.replace("...", "")) for term, found in pairs]
+    dots = "0123456789"[: max(spans)]
+    result = result.replace("...", dots)
+    places: list[tuple[Path, Labels, str]] = []
+    for number, ((term, found), span) in enumerate(zip(pairs, spans, strict=True)):
+        places.append(((1, number), found, term.replace("...", dots[len(dots) - span :])))
+    if len(labels) == 2:
+        _note_einsum_roles(flow, [place[2] for place in places], labels, result)
+    return contract(flow, node, places, result)
+
+
+def _note_einsum_roles(flow: Flow, terms: list[str], labels: list[Labels], result: str) -> None:
+    if flow.survey is None:
+        return
+    for term, found in zip(terms, labels, strict=True):
+        for layer in found.layers:
+            shared = term[layer.dim] in terms[0] and term[layer.dim] in terms[1]
+            role = "heads" if shared and term[layer.dim] in result else "head_dim"
+            flow.survey.note(role, layer.ids)
+
+
+def _note_roles(flow: Flow, node: fx.Node, left: Labels, right: Labels) -> None:
+    """Batch dimensions of a product of activations are heads, the others head widths."""
+    if flow.survey is None:
+        return
+    for labels in (left, right):
+        for layer in labels.layers:
+            role = "heads" if layer.dim < len(labels.shape) - 2 else "head_dim"
+            flow.survey.note(role, layer.ids)
+
+
+def attention(flow: Flow, node: fx.Node) -> Any:
+    """``softmax(q k' / sqrt(d) + mask) v``; query heads may share key and value heads."""
+    given = arguments(node)
+    query, key, value = (flow.labels(given[name]) for name in ("query", "key", "value"))
+    batch = _letters(len(query.shape) - 2)
+    _note_roles(flow, node, query, key)
+    _note_roles(flow, node, value, value)
+    if given["enable_gqa"] and query.shape[-3] != key.shape[-3]:
+        key, value = (_repeat_heads(labels, query.shape[-3]) for labels in (key, value))
+    places: list[tuple[Path, Labels, str]] = [
+        ((0,), query, batch + "xy"),
+        ((1,), key, batch + "zy"),
+        ((2,), value, batch + "zv"),
+    ]
+    if isinstance(given["attn_mask"], fx.Node):
+        mask = flow.labels(given["attn_mask"])
+        places.append(((3,), mask, (batch + "xz")[len(batch) + 2 - len(mask.shape) :]))
+    tokens = [*query.at(-2), *key.at(-2), *value.at(-2)]
+    flow.freeze(node, tokens, "attention runs over these positions")
+    return contract(flow, node, places, batch + "xv")
+
+
+def _repeat_heads(labels: Labels, heads: int) -> Labels:
+    dim = len(labels.shape) - 3
+    times = heads // labels.shape[dim]
+    layers = tuple(
+        Layer(dim, layer.ids.repeat_interleave(times)) if layer.dim == dim else layer
+        for layer in labels.layers
+    )
+    return Labels((*labels.shape[:dim], heads, *labels.shape[dim + 1 :]), layers)
+
+
+def distances(flow: Flow, node: fx.Node) -> Any:
+    """Distances between all pairs of rows: a sum over the last dimension."""
+    left, right = flow.labels(node.args[0]), flow.labels(node.args[1])
+    batch = _letters(len(node.meta["val"].shape) - 2)
+    places: list[tuple[Path, Labels, str]] = [
+        ((number,), labels, batch[len(batch) + 2 - len(labels.shape) :] + row + "z")
+        for number, labels, row in ((0, left, "x"), (1, right, "y"))
+    ]
+    return contract(flow, node, places, batch + "xy")
+
+
+RULES: dict[Any, Rule] = {
+    aten.linear: linear,
+    aten.matmul: matmul,
+    aten.mm: matmul,
+    aten.bmm: matmul,
+    aten.mv: matmul,
+    aten.dot: matmul,
+    aten.addmm: addmm,
+    aten.baddbmm: addmm,
+    aten.bilinear: bilinear,
+    aten.cdist: distances,
+    aten.einsum: einsum,
+    aten.scaled_dot_product_attention: attention,
+}

@@ -1,0 +1,110 @@
+"""Indexing: what is picked out by a computed number stays, everything else moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.graph.node_args import arguments
+from fxprune.structure.flow import Flow, Rule
+from fxprune.structure.labels import Labels, Layer
+from fxprune.structure.rules.movement import replay
+
+aten = torch.ops.aten
+
+
+def index(flow: Flow, node: fx.Node) -> Any:
+    """``x[:, index]``, any number of indices, broadcast with each other."""
+    source, indices = flow.labels(node.args[0]), node.args[1]
+    return _take(flow, node, source, list(indices))  # type: ignore[arg-type]
+
+
+def index_select(flow: Flow, node: fx.Node) -> Any:
+    """``x[:, index]`` along one dimension."""
+    source, given = flow.labels(node.args[0]), arguments(node)
+    indices: list[Any] = [None] * (given["dim"] % len(source.shape)) + [given["index"]]
+    return _take(flow, node, source, indices)
+
+
+def _take(flow: Flow, node: fx.Node, source: Labels, indices: list[Any]) -> Any:
+    """A constant list of indices moves what it indexes; otherwise that stays."""
+    used = [dim for dim, item in enumerate(indices) if item is not None]
+    picked: tuple[Layer, ...] = ()
+    numbers = _constant(flow, indices[used[0]]) if len(used) == 1 else None
+    for dim in used:
+        own = flow.labels(indices[dim]).layers
+        found = list(source.at(dim))
+        if numbers is not None and found and own:
+            picked = tuple(Layer(dim, layer.ids[numbers]) for layer in found)
+            for layer in picked:
+                flow.merge(node, layer.ids, own[0].ids)
+            continue
+        is_table = isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
+        flow.freeze(node, found, "it is indexed by numbers", silent=is_table)
+        flow.freeze(node, own, "it holds indices", silent=True)
+    # Along the dimensions of the indices nothing is labelled: one of each is enough to follow.
+    zeros = [
+        None if item is None else torch.zeros((1,) * item.meta["val"].dim(), dtype=torch.long)
+        for item in indices
+    ]
+    rest = Labels(source.shape, source.without(*used))
+    moved = replay(flow, node, rest, lambda ids: aten.index(ids, zeros))
+    return Labels(moved.shape, moved.layers + picked)
+
+
+def _constant(flow: Flow, item: fx.Node) -> Tensor | None:
+    """Return a list of indices that belongs to this call alone, so that it can be renumbered."""
+    if item.op != "get_attr" or len(item.users) != 1:
+        return None
+    tensor = flow.program.tensor(str(item.target))
+    shared = sum(other.target == item.target for other in flow.program.tensor_nodes()) > 1
+    if shared or tensor.dim() != 1 or tensor.dtype not in (torch.int64, torch.int32):
+        return None
+    return tensor.detach().cpu().long()
+
+
+def select(flow: Flow, node: fx.Node) -> Any:
+    """The index that is picked stays; its number is a literal."""
+    source, given = flow.labels(node.args[0]), arguments(node)
+    dim = given["dim"] % len(source.shape)
+    number = flow.concrete(given["index"])
+    chosen = [Layer(0, layer.ids[number].view(1)) for layer in source.at(dim)]
+    flow.freeze(node, chosen, "this index is picked out by its number")
+    rest = Labels(source.shape, source.without(dim))
+    return replay(flow, node, rest, lambda ids: ids.select(dim, 0))
+
+
+def gather(flow: Flow, node: fx.Node) -> Any:
+    """The gathered dimension stays; along the others the result has the indices' shape."""
+    given = arguments(node)
+    source, index = flow.labels(given["self"]), flow.labels(given["index"])
+    dim = given["dim"] % max(len(source.shape), 1)
+    flow.freeze(node, [*source.at(dim), *index.at(dim)], "it is gathered by numbers")
+    layers: tuple[Layer, ...] = ()
+    for other in range(len(source.shape)):
+        if other != dim and source.shape[other] == index.shape[other]:
+            layers += flow.align(node, [(source, other), (index, other)], other)
+        elif other != dim:
+            met = [*source.at(other), *index.at(other)]
+            flow.freeze(node, met, "only a part of it is gathered")
+    return Labels(index.shape, layers)
+
+
+def unbind(flow: Flow, node: fx.Node) -> Any:
+    """Taking a dimension apart fixes its size."""
+    source, given = flow.labels(node.args[0]), arguments(node)
+    dim = given["dim"] % len(source.shape)
+    flow.freeze(node, source.at(dim), "it is taken apart index by index")
+    rest = Labels(source.shape, source.without(dim))
+    return replay(flow, node, rest, lambda ids: ids.unbind(dim))
+
+
+RULES: dict[Any, Rule] = {
+    aten.index: index,
+    aten.index_select: index_select,
+    aten.select: select,
+    aten.gather: gather,
+    aten.unbind: unbind,
+}

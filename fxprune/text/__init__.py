@@ -1,1 +1,0 @@
-"""What users write, as values: pipelines, options, names of data and models."""
