@@ -38,11 +38,12 @@ from fxprune.graph.decompose import spell_attention, spell_means
 from fxprune.graph.facts import MASKS, OBSERVED, REMOVED, Quantized
 from fxprune.graph.node_args import packet_of
 from fxprune.graph.program import Program
+from fxprune.latency.table import Table
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
 from fxprune.quantization.fake_quantizers import observe, sites, sums_overflow
 from fxprune.quantization.patterns import is_depthwise, is_product, pattern_of, place, weight_name
-from fxprune.quantization.timing import Pace, paces
+from fxprune.quantization.timing import LayerTiming, layer_timings
 
 aten = torch.ops.aten
 REDUCED_NOTE = (
@@ -62,8 +63,8 @@ class InsertObservers(Pass):
         reduce_range: keep sums of two products within 16 bits by smaller weights, as processors
             without 8-bit dot products need; by default, where this is one.
         attention: quantise products of two activations too; softmax stays in floating point.
-        measure: time layers in ONNX Runtime on codes and on floats, and leave in floating point
-            those that lose by codes, conversions around them counted.
+        measure: leave in FP32 the layers that INT8 does not make faster, by the times of both
+            forms in ONNX Runtime on this host, conversions around them included.
 
     """
 
@@ -92,11 +93,12 @@ class InsertObservers(Pass):
                 skips.append(Skip(node.name, reason))
             else:
                 chosen.add(node)
-        timed: dict[fx.Node, Pace] = {}
+        timed: dict[fx.Node, LayerTiming] = {}
         if self.measure and chosen:
-            timed = paces(program, chosen, context.threads, context.progress)
-        slow = {node: pace for node, pace in timed.items() if not pace.coded}
-        skips += [Skip(node.name, _slowness(pace)) for node, pace in slow.items()]
+            table = Table.open(context.threads)
+            timed = layer_timings(program, chosen, table, context.progress)
+        slow = {node: timing for node, timing in timed.items() if not timing.quantized}
+        skips += [Skip(node.name, _slowness(timing)) for node, timing in slow.items()]
         spelled = self._spell(program) if chosen else 0
         products = {node for node in program.graph.nodes if self.attention and is_product(node)}
         placement = place(program, frozenset(chosen - slow.keys() | products))
@@ -135,23 +137,23 @@ class InsertObservers(Pass):
         return None
 
 
-def _slowness(pace: Pace) -> str:
-    gain = pace.floats / pace.codes if pace.codes else 0.0
+def _slowness(timing: LayerTiming) -> str:
+    gain = timing.fp32 / timing.int8 if timing.int8 else 0.0
     return (
-        f"codes do not pay here: {pace.codes:.0f} us against {pace.floats:.0f} us on floats "
+        f"INT8 does not pay here: {timing.int8:.0f} us against {timing.fp32:.0f} us in FP32 "
         f"({gain:.2f}x), conversions aside"
     )
 
 
-def _times(timed: Mapping[fx.Node, Pace]) -> dict[str, Any]:
-    """The table of measured layers for the report, those that gain least first."""
-    order = sorted(timed, key=lambda node: timed[node].codes - timed[node].floats, reverse=True)
+def _times(timed: Mapping[fx.Node, LayerTiming]) -> dict[str, Any]:
+    """Make the table of measured layers for the report, those that gain least first."""
+    order = sorted(timed, key=lambda node: timed[node].int8 - timed[node].fp32, reverse=True)
     rows = []
     for node in order:
-        pace = timed[node]
-        kept = "INT8" if pace.coded else "FP32"
-        rows.append([weight_name(node), f"{pace.codes:.1f}", f"{pace.floats:.1f}", kept])
-    columns = ["layer", "us on codes", "us on floats", "runs as"]
+        timing = timed[node]
+        kept = "INT8" if timing.quantized else "FP32"
+        rows.append([weight_name(node), f"{timing.int8:.1f}", f"{timing.fp32:.1f}", kept])
+    columns = ["layer", "us in INT8", "us in FP32", "runs as"]
     return {"title": "Layers timed in ONNX Runtime", "columns": columns, "rows": rows}
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
 
 import pytest
 import torch
@@ -10,16 +10,17 @@ from support import check, trace
 from torch import Tensor, nn
 
 from fxprune.graph.facts import OBSERVED
-from fxprune.latency.layer_config import Shape
-from fxprune.onnx.quantized_nodes import inspect_fusion
+from fxprune.latency import table as latency_table
+from fxprune.latency.layer_config import LayerConfig
+from fxprune.latency.table import ANCHOR_ENTRIES, Table, key_of
+from fxprune.latency.timed_model import Entry
 from fxprune.passes import InsertObservers
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Skip
 from fxprune.pipeline.progress import Tracker
-from fxprune.quantization import timing as quantization_timing
 from fxprune.quantization.fake_quantizers import sites
 from fxprune.quantization.patterns import pattern_of
-from fxprune.quantization.timing import paces, timed_model
+from fxprune.quantization.timing import layer_timings
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -114,18 +115,36 @@ def test_the_range_of_weights_is_reduced_where_that_is_needed(reduced: bool) -> 
     assert program.get(OBSERVED).paired == reduced
 
 
-def test_layers_that_lose_by_codes_are_left_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def timed(*arguments: object) -> dict[str, tuple[float, float]]:
-        shapes, counts = cast(tuple[set[Shape], set[int]], arguments[:2])
-        found = {shape.key: (10.0, 30.0) for shape in shapes}
-        found |= {shape.key: (30.0, 10.0) for shape in shapes if shape.kind == "linear"}
-        return found | {f"conversion {count}": (1.0, 1.0) for count in counts}
+Times = Callable[[LayerConfig], tuple[float, float]]
 
-    monkeypatch.setattr(quantization_timing, "_measured", timed)
+
+@pytest.fixture
+def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Times, float], None]:
+    """Let operators take the times in INT8 and in FP32 that a function says; conversions others."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def use(times: Times, conversion: float) -> None:
+        def measured(entries: Sequence[Entry], threads: int) -> dict[str, float]:
+            found = {}
+            for entry in entries:
+                one, form = entry
+                timed = times(one)[form == "fp32"]
+                found[key_of(entry)] = conversion if "quantize" in one.kind else timed
+            return found | {key_of(anchor): 50.0 for anchor in ANCHOR_ENTRIES}
+
+        monkeypatch.setattr(latency_table, "measure", measured)
+
+    return use
+
+
+def test_layers_that_lose_by_int8_are_left_and_named(
+    pretend: Callable[[Times, float], None],
+) -> None:
+    pretend(lambda one: (30.0, 10.0) if one.kind == "linear" else (10.0, 30.0), 1.0)
     program, context = shortcuts()
     outcome = InsertObservers(measure=True)(program, context)
     assert {skip.node for skip in outcome.skips} == {"linear", "linear_1"}
-    assert "30 us against 10 us on floats (0.33x)" in outcome.skips[0].reason
+    assert "30 us against 10 us in FP32 (0.33x)" in outcome.skips[0].reason
     assert set(program.get(OBSERVED).layers.values()) == {
         "stem.weight", "down.weight", "left.weight", "right.weight",
     }  # fmt: skip
@@ -134,16 +153,10 @@ def test_layers_that_lose_by_codes_are_left_and_told(monkeypatch: pytest.MonkeyP
     assert table["rows"][0][1:] == ["30.0", "10.0", "FP32"]
 
 
-def test_a_slower_layer_stays_on_codes_where_conversions_cost_more(
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_slower_layer_stays_in_int8_where_conversions_cost_more(
+    pretend: Callable[[Times, float], None],
 ) -> None:
-    def timed(*arguments: object) -> dict[str, tuple[float, float]]:
-        shapes, counts = cast(tuple[set[Shape], set[int]], arguments[:2])
-        found = {shape.key: (10.0, 30.0) for shape in shapes}
-        found |= {shape.key: (14.0, 10.0) for shape in shapes if shape.dims[2] == 1}
-        return found | {f"conversion {count}": (3.0, 3.0) for count in counts}
-
-    monkeypatch.setattr(quantization_timing, "_measured", timed)
+    pretend(lambda one: (14.0, 10.0) if one.dims[2:] == (1,) else (10.0, 30.0), 3.0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)
     )
@@ -154,22 +167,12 @@ def test_a_slower_layer_stays_on_codes_where_conversions_cost_more(
     assert skip.node == "conv2d"
 
 
-def test_layers_and_conversions_are_timed() -> None:
+def test_layers_and_conversions_are_timed(tmp_path: Path) -> None:
     program = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)), IMAGE)
     layers = [node for node in program.graph.nodes if pattern_of(node) is not None]
-    found = paces(program, layers, 1, Tracker(False))
+    table = Table.open(1, tmp_path / "table.json")
+    found = layer_timings(program, layers, table, Tracker(False))
     assert list(found) == layers
-    assert all(pace.codes > 0 and pace.floats > 0 for pace in found.values())
-
-
-def test_what_is_timed_on_codes_computes_on_codes(tmp_path: Path) -> None:
-    geometry = (8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0)
-    shapes = [
-        Shape("conv", geometry, (16, 32, 16)), Shape("conv", geometry, (16, 16, 1)),
-        Shape("linear", (), (1, 32, 10)),
-    ]  # fmt: skip
-    path = tmp_path / "timed.onnx"
-    path.write_bytes(timed_model(shapes, [64]))
-    fusion = inspect_fusion(path)
-    assert fusion.unfused == ()
-    assert fusion.fused == {"QGemm": 1, "QLinearConv": 2}
+    assert all(timing.int8 > 0 and timing.fp32 > 0 for timing in found.values())
+    again = layer_timings(program, layers, Table.open(1, table.path), Tracker(False))
+    assert again == found

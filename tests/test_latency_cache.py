@@ -23,9 +23,9 @@ def test_gives_back_what_was_kept_and_adds_to_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"times": {}}', '{"format": 2, "times": {"a": [0, 0, 0]}}',
-     '{"format": 2, "times": {"a": [1]}}', '{"format": 2, "times": {"a": ["x", 0, 0]}}',
-     '{"format": 2, "times": []}'],
+    ["", "{", "[]", '{"times": {}}', '{"format": 3, "times": {"a": [0, 0, 0]}}',
+     '{"format": 3, "times": {"a": [1]}}', '{"format": 3, "times": {"a": ["x", 0, 0]}}',
+     '{"format": 3, "times": []}'],
 )  # fmt: skip
 def test_says_that_a_file_is_damaged_and_does_without(tmp_path: Path, text: str) -> None:
     path = tmp_path / "table.json"

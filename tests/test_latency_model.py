@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fxprune.graph.program import Program
 from fxprune.latency.cache import Host, Timing
-from fxprune.latency.layer_config import Shape
+from fxprune.latency.layer_config import LayerConfig
 from fxprune.latency.model import Calibration, LatencyLedger
-from fxprune.latency.table import Table
-from fxprune.latency.terms import Axis, elements_of, latency_terms, shapes_of
+from fxprune.latency.table import Table, key_of
+from fxprune.latency.terms import Axis, configs_of, elements_of, latency_terms
 from fxprune.structure.groups import Group, find_groups
 from fxprune.structure.removal import remove_units
 
@@ -62,7 +62,7 @@ ATTENTION = trace(Attention().eval(), torch.randn(1, 5, 24))
 GROUPS = {id(program): removable(program) for program in (WIRED, ATTENTION)}
 
 
-def work(shape: Shape) -> float:
+def work(shape: LayerConfig) -> float:
     """A layer's multiply-accumulates, with a convolution's channels in whole blocks."""
     if "conv" not in shape.kind:
         return float(math.prod(shape.dims))
@@ -74,19 +74,19 @@ def work(shape: Shape) -> float:
     return outputs * per_group * math.prod(shape.geometry[:4])
 
 
-def table_for(shapes: Iterable[Shape], noise: float = 0.0) -> Table:
+def table_for(shapes: Iterable[LayerConfig], noise: float = 0.0) -> Table:
     random = np.random.default_rng(0)
     table = Table(Host.here(1), None)
     for shape in dict.fromkeys(shapes):
         factor = 1 + noise * float(random.standard_normal())
-        table.times[shape.key] = Timing(max(factor, 0.1) * work(shape), 0.0, 0.0)
+        table.times[key_of((shape, "fp32"))] = Timing(max(factor, 0.1) * work(shape), 0.0, 0.0)
     return table
 
 
 def ledger_of(program: Program, noise: float = 0.0) -> LatencyLedger:
     groups = GROUPS[id(program)]
     terms = latency_terms(program, groups)
-    table = table_for((shape for term in terms for shape in term.shapes), noise)
+    table = table_for((shape for term in terms for shape in term.configs), noise)
     return LatencyLedger.of(terms, len(groups), table, HOW)
 
 
@@ -100,7 +100,7 @@ def after(program: Program, removed: Sequence[int]) -> Program:
 
 def expected(program: Program, removed: Sequence[int]) -> float:
     small = after(program, removed)
-    return HOW.predict(small, table_for(shapes_of(small)))
+    return HOW.predict(small, table_for(configs_of(small)))
 
 
 def test_knots_are_blocks_and_the_whole() -> None:
@@ -116,11 +116,11 @@ def test_knots_are_blocks_and_the_whole() -> None:
 def test_dimensions_that_shrink_together_are_one_axis() -> None:
     groups = GROUPS[id(WIRED)]
     assert [len(group.units) for group in groups] == [24, 80, 16, 16]
-    terms = [term for term in latency_terms(WIRED, groups) if term.shapes]
+    terms = [term for term in latency_terms(WIRED, groups) if term.configs]
     lengths = [tuple(axis.length for axis in term.axes) for term in terms]
     assert lengths == [(24,), (24,), (24,), (24, 80), (104, 64), (16, 64), (64,)]
     for term in terms:
-        for shape in term.shapes:
+        for shape in term.configs:
             channels, outputs, per_group = (*shape.dims, 1, 1)[:3]
             assert shape.kind != "conv" or channels % per_group == 0
             assert shape.kind != "conv" or outputs % (channels // per_group) == 0

@@ -11,24 +11,27 @@ from torch import Tensor, nn
 
 from fxprune.graph.program import Program, shape_of
 from fxprune.latency.cache import Host, Timing
-from fxprune.latency.layer_config import Shape, model_of
+from fxprune.latency.layer_config import FORMS, Form, LayerConfig, conversion
 from fxprune.latency.layers import layers, others
-from fxprune.latency.table import Table
+from fxprune.latency.table import Table, key_of
+from fxprune.latency.terms import config_of
+from fxprune.latency.timed_model import Entry, model_of
 from fxprune.onnx.benchmark import open_session, random_inputs
+from fxprune.onnx.quantized_nodes import inspect_fusion
 
 
-def shapes_of(program: Program, batch: int = 1) -> list[Shape]:
+def configs_of(program: Program, batch: int = 1) -> list[LayerConfig]:
     """The layers of a program with their sizes."""
     return [
-        Shape(layer.kind, layer.geometry, tuple(
+        LayerConfig(layer.kind, layer.geometry, tuple(
             dim if isinstance(dim, int) else shape_of(dim[0])[dim[1]] for dim in layer.dims
         ))
         for layer in layers(program, batch)
     ]  # fmt: skip
 
 
-def outputs_of(shapes: list[Shape]) -> list[tuple[int, ...]]:
-    session = open_session(model_of(shapes), 1)
+def outputs_of(shapes: list[LayerConfig], form: Form = "fp32") -> list[tuple[int, ...]]:
+    session = open_session(model_of([(one, form) for one in shapes]), 1)
     return [found.shape for found in session.run(None, random_inputs(session, 1))]
 
 
@@ -55,7 +58,7 @@ class Convolutions(nn.Module):
 def test_convolutions_have_the_shapes_of_the_program() -> None:
     program = trace(Convolutions().eval(), torch.randn(1, 3, 17, 15))
     expected = [tuple(y.shape) for y in program(torch.randn(1, 3, 17, 15))]
-    shapes = shapes_of(program)
+    shapes = configs_of(program)
     assert [shape.dims for shape in shapes] == [(3, 8, 3), (8, 8, 1), (8, 12, 2), (12, 6, 2)]
     assert outputs_of(shapes) == expected
 
@@ -65,7 +68,7 @@ def test_other_ranks_have_the_shapes_of_the_program() -> None:
         (nn.Conv1d(4, 6, 5, padding=2), torch.randn(1, 4, 9)),
         (nn.Conv3d(2, 4, 3, stride=2), torch.randn(1, 2, 7, 7, 7)),
     ):
-        assert outputs_of(shapes_of(trace(make.eval(), x))) == [tuple(make(x).shape)]
+        assert outputs_of(configs_of(trace(make.eval(), x))) == [tuple(make(x).shape)]
 
 
 class Attention(nn.Module):
@@ -82,7 +85,7 @@ class Attention(nn.Module):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_attention_is_two_products_per_sample(batch: int) -> None:
     program = trace(Attention().eval(), torch.randn(batch, 10, 24))
-    shapes = shapes_of(program, batch)
+    shapes = configs_of(program, batch)
     assert [(shape.kind, shape.dims) for shape in shapes] == [
         ("linear", (10, 24, 72)),
         ("matmul", (1, 4, 10, 6, 10)),
@@ -100,10 +103,10 @@ def test_what_is_no_layer_is_listed_unless_it_is_free() -> None:
     assert [str(node.target) for node in found] == ["aten.gelu.default", "aten.max_pool2d.default"]
 
 
-def square(size: int, kernel: int, channels: int, per_group: int) -> Shape:
+def square(size: int, kernel: int, channels: int, per_group: int) -> LayerConfig:
     pad = kernel // 2
     geometry = (size, size, kernel, kernel, 1, 1, pad, pad, pad, pad, 1, 1, 0, 0)
-    return Shape("conv", geometry, (channels, channels, per_group))
+    return LayerConfig("conv", geometry, (channels, channels, per_group))
 
 
 def test_measures_what_is_missing_once(tmp_path: Path) -> None:
@@ -116,7 +119,7 @@ def test_measures_what_is_missing_once(tmp_path: Path) -> None:
     again = Table.open(1, path)
     assert again.fill([large, small]) == 0
     np.testing.assert_array_equal(again.us([small, large]), [first, second])
-    about = again.about([small, large])
+    about = again.about([(small, "fp32"), (large, "fp32")])
     assert about["entries"] == 2
     assert about["threads"] == 1
     assert again.notes == []
@@ -126,8 +129,8 @@ def test_times_do_not_depend_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> No
     fast, slow = square(16, 3, 8, 8), square(16, 3, 16, 16)
     pace = [1.0]
 
-    def measured(shapes: Sequence[Shape], threads: int) -> dict[str, float]:
-        return {shape.key: pace[0] * 50 for shape in shapes}
+    def measured(entries: Sequence[Entry], threads: int) -> dict[str, float]:
+        return {key_of(entry): pace[0] * 50 for entry in entries}
 
     monkeypatch.setattr("fxprune.latency.table.measure", measured)
     table = Table(Host.here(1), None)
@@ -150,14 +153,65 @@ def test_damage_is_told_and_mended(tmp_path: Path) -> None:
     table = Table.open(1, path)
     (note,) = table.notes
     assert "damaged" in note
-    table.fill([Shape("linear", (), (1, 8, 8))])
+    table.fill([LayerConfig("linear", (), (1, 8, 8))])
     assert Table.open(1, path).notes == []
 
 
 def test_knows_its_noise_and_age() -> None:
-    shape = Shape("linear", (), (1, 8, 8))
-    table = Table(Host.here(1), None, {shape.key: Timing(2.0, 0.25, 0.0)})
-    about = table.about([shape])
+    shape = LayerConfig("linear", (), (1, 8, 8))
+    table = Table(Host.here(1), None, {f"fp32 {shape.key}": Timing(2.0, 0.25, 0.0)})
+    about = table.about([(shape, "fp32")])
     assert about["noise"] == 0.25
     assert isinstance(about["oldest_days"], float)
     assert about["oldest_days"] > 10000
+
+
+class Elementwise(nn.Module):
+    """Every timed operator that is no layer; a gate that is repeated over places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = nn.functional.adaptive_avg_pool2d(nn.functional.gelu(x), 1).sigmoid()
+        y = (x * gate) + nn.functional.hardsigmoid(x)
+        return torch.cat([y, y * 0.5, x], 1)
+
+
+def test_every_operator_is_timed_in_both_forms(tmp_path: Path) -> None:
+    program = trace(Elementwise().eval(), torch.randn(2, 4, 6, 5))
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    configs = [one for node in nodes if (one := config_of(node, 2)) is not None]
+    kinds = [one.kind for one in configs]
+    assert kinds == ["gelu", "average", "sigmoid", "mul", "hard-sigmoid",
+                     "add", "mul", "concat"]  # fmt: skip
+    places = (4, 6, 5)
+    assert configs[3] == LayerConfig("mul", (0, 0, 1, 1), (1, *places))
+    assert configs[7] == LayerConfig("concat", (1, 4), (1, 6, 5, 4, 4, 4))
+    sizes = [(1, *places), (1, 4, 1, 1), (1, 4, 1, 1), *[(1, *places)] * 4, (1, 12, 6, 5)]
+    for form in FORMS:
+        assert outputs_of(configs, form) == sizes
+    table = Table.open(1, tmp_path / "table.json")
+    table.fill(configs, forms=FORMS)
+    table.fill([conversion("quantize", 90), conversion("dequantize", 90)], forms=FORMS)
+    assert all(table.ms(one, form) > 0 for one in configs for form in FORMS)
+    assert (
+        table.ms(conversion("quantize", 90), "int8")
+        == table.us([conversion("quantize", 90)], "int8") / 1e3
+    )
+
+
+def test_what_is_timed_in_int8_computes_in_int8(tmp_path: Path) -> None:
+    geometry = (8, 8, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0)
+    configs = [
+        LayerConfig("conv", geometry, (16, 32, 16)), LayerConfig("conv", geometry, (16, 16, 1)),
+        LayerConfig("linear", (), (1, 32, 10)), LayerConfig("matmul", (1, 0), (3, 4, 5, 6)),
+        LayerConfig("add", (0, 0, 0, 0), (1, 8, 4, 4)), LayerConfig("sigmoid", (), (1, 8, 4, 4)),
+        LayerConfig("mul", (0, 0, 1, 1), (1, 8, 4, 4)), LayerConfig("average", (), (1, 8, 4, 4)),
+        LayerConfig("concat", (1, 4), (1, 4, 4, 8, 8)),
+    ]  # fmt: skip
+    path = tmp_path / "timed.onnx"
+    path.write_bytes(model_of([(one, "int8") for one in configs]))
+    fusion = inspect_fusion(path)
+    assert fusion.unfused == ()
+    assert fusion.fused == {
+        "MatMulIntegerToFloat": 1, "QGemm": 1, "QLinearAdd": 1, "QLinearConcat": 1,
+        "QLinearConv": 2, "QLinearGlobalAveragePool": 1, "QLinearMul": 1, "QLinearSigmoid": 1,
+    }  # fmt: skip

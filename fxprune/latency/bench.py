@@ -10,7 +10,7 @@ from pathlib import Path
 from fxprune.graph.program import Program
 from fxprune.latency.model import Calibration, LatencyLedger
 from fxprune.latency.table import Table
-from fxprune.latency.terms import elements_of, latency_terms, shapes_of
+from fxprune.latency.terms import configs_of, elements_of, latency_terms
 from fxprune.onnx.benchmark import compare
 from fxprune.onnx.export import export_onnx
 from fxprune.onnx.profile import Profiled, profile
@@ -46,12 +46,12 @@ class Bench:
     def ledger(self, program: Program, groups: Sequence[Group]) -> LatencyLedger:
         """Return latency as a function of how many units each group loses."""
         terms = latency_terms(program, groups)
-        self.table.fill((shape for term in terms for shape in term.shapes), self.progress)
+        self.table.fill((config for term in terms for config in term.configs), self.progress)
         return LatencyLedger.of(terms, len(groups), self.table, self.how)
 
     def predict(self, program: Program) -> float:
         """Return a program's milliseconds by the table, its layers measured at their own widths."""
-        self.table.fill(shapes_of(program))
+        self.table.fill(configs_of(program))
         return self.how.predict(program, self.table)
 
     def measure(self, program: Program) -> float:
@@ -74,11 +74,11 @@ def open_bench(
     export_onnx(dense, path, check=False)
     threads = table.host.threads
     whole = compare({"dense": path}, threads=threads, seconds=SECONDS)["dense"].median_ms
-    shapes = shapes_of(dense)
-    table.fill(shapes)
+    configs = configs_of(dense)
+    table.fill(configs)
     with tempfile.TemporaryDirectory(prefix="fxprune-", dir=folder) as scratch:
         nodes = profile(path, threads, RUNS, Path(scratch))
-    us, elements = float(table.us(shapes).sum()), elements_of(dense)
+    us, elements = float(table.us(configs).sum()), elements_of(dense)
     return Bench(folder, table, whole, calibrate(nodes, whole, us, elements), progress)
 
 

@@ -15,7 +15,7 @@ import onnxruntime
 
 from fxprune.host import cache_folder, features, processor
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -1,36 +1,40 @@
-"""Layers with all their sizes, and ONNX models that run them."""
+"""Operators with all their sizes: what the latency table has times of."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
 
-from fxprune.latency.layers import Kind
+from fxprune.latency.layers import BINARY, LAYERS, Kind
 
-OPSET = 20
+Form = Literal["fp32", "int8"]
+FORMS: tuple[Form, Form] = ("fp32", "int8")
+Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True, order=True)
-class Shape:
-    """A layer with all its sizes; see ``fxprune.latency.layers.Layer``."""
+class LayerConfig:
+    """An operator with all its sizes; see ``fxprune.latency.layers.Layer``.
+
+    Conversions are operators too: ``quantize`` and ``dequantize``, whose only form is INT8.
+    """
 
     kind: Kind
-    geometry: tuple[int, ...]
-    dims: tuple[int, ...]
+    geometry: Sizes
+    dims: Sizes
 
     @property
     def key(self) -> str:
-        """Its name in the table."""
+        """Its name in the table, where the form stands before it."""
         return f"{self.kind} {list(self.geometry)} {list(self.dims)}".replace(", ", ",")
 
     @property
-    def operands(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of what it reads: the input, and the weight or right matrix."""
+    def operands(self) -> tuple[Sizes, ...]:
+        """The shapes of what it reads; of layers, the input and the weight or right matrix."""
         if self.kind == "linear":
             rows, inputs, outputs = self.dims
             return (rows, inputs), (inputs, outputs)
@@ -38,6 +42,18 @@ class Shape:
             *leading, rows, inner, columns = self.dims
             right = (inner, columns) if self.geometry[1] else (*leading, inner, columns)
             return (*leading, rows, inner), right
+        if self.kind in ("conv", "conv-transpose"):
+            return self._of_convolution()
+        if self.kind == "concat":
+            axis, rank = self.geometry
+            rest, parts = self.dims[: rank - 1], self.dims[rank - 1 :]
+            return tuple((*rest[:axis], part, *rest[axis:]) for part in parts)
+        if self.kind in BINARY:
+            pairs = zip(self.dims, self.geometry, strict=True)
+            return self.dims, tuple(1 if broadcast else size for size, broadcast in pairs)
+        return (self.dims,)
+
+    def _of_convolution(self) -> tuple[Sizes, Sizes]:
         rank = len(self.geometry) // 7
         channels, outputs, per_group = self.dims
         first = outputs if self.kind == "conv" else channels
@@ -47,67 +63,67 @@ class Shape:
     @property
     def constant(self) -> bool:
         """Whether the second operand is a weight."""
-        return self.kind != "matmul" or bool(self.geometry[1])
+        return self.kind in LAYERS and (self.kind != "matmul" or bool(self.geometry[1]))
 
     @property
     def elements(self) -> int:
         """About how many numbers it reads and writes."""
-        left, right = self.operands
-        return 2 * math.prod(left) + math.prod(right)
+        first, *rest = map(math.prod, self.operands)
+        return 2 * first + sum(rest)
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """The forms in which it can be timed."""
+        return ("int8",) if self.kind in ("quantize", "dequantize") else FORMS
+
+
+def conversion(kind: Literal["quantize", "dequantize"], elements: int) -> LayerConfig:
+    """Return the conversion of so many numbers to INT8 or from it."""
+    return LayerConfig(kind, (), (elements,))
 
 
 _CONVOLUTION = (3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0)  # 3 x 3, padded by one
 ANCHORS = (
-    Shape("conv", (32, 32, *_CONVOLUTION), (16, 16, 16)),
-    Shape("conv", (14, 14, *_CONVOLUTION), (96, 96, 1)),
-    Shape("conv", (8, 8, *_CONVOLUTION), (64, 64, 64)),
-    Shape("linear", (), (16, 256, 256)),
+    LayerConfig("conv", (32, 32, *_CONVOLUTION), (16, 16, 16)),
+    LayerConfig("conv", (14, 14, *_CONVOLUTION), (96, 96, 1)),
+    LayerConfig("conv", (8, 8, *_CONVOLUTION), (64, 64, 64)),
+    LayerConfig("linear", (), (16, 256, 256)),
 )
+OPERATORS: Mapping[Kind, str] = {
+    "linear": "MatMul",
+    "matmul": "MatMul",
+    "conv": "Conv",
+    "conv-transpose": "ConvTranspose",
+    "sigmoid": "Sigmoid",
+    "hard-sigmoid": "HardSigmoid",
+    "gelu": "Gelu",
+    "add": "Add",
+    "mul": "Mul",
+    "concat": "Concat",
+    "average": "GlobalAveragePool",
+    "quantize": "QuantizeLinear",
+    "dequantize": "DequantizeLinear",
+}
 
 
-def model_of(shapes: Sequence[Shape]) -> bytes:
-    """Build an ONNX model that runs each layer once, on an input of its own shape."""
-    random = np.random.default_rng(0)
-    nodes, weights, outputs = [], [], []
-    inputs: dict[tuple[int, ...], Any] = {}
-
-    def source(shape: tuple[int, ...]) -> str:
-        name = "x" + "_".join(map(str, shape))
-        inputs[shape] = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-        return name
-
-    for number, shape in enumerate(shapes):
-        left, right = shape.operands
-        name = f"w{number}"
-        if shape.constant:
-            values = random.standard_normal(right, dtype=np.float32)
-            weights.append(numpy_helper.from_array(values, name))
-        operands = [source(left), name if shape.constant else source(right)]
-        kind, attributes = operator(shape)
-        nodes.append(
-            helper.make_node(kind, operands, [f"layer{number}"], f"layer{number}", **attributes)
-        )
-        outputs.append(helper.make_tensor_value_info(f"layer{number}", TensorProto.FLOAT, None))
-    graph = helper.make_graph(nodes, "layers", list(inputs.values()), outputs, weights)
-    opset = helper.make_opsetid("", OPSET)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
-    encoded: bytes = model.SerializeToString()
-    return encoded
-
-
-def operator(shape: Shape) -> tuple[str, Mapping[str, Any]]:
-    """Return a layer's ONNX operator and its attributes."""
-    if shape.kind in ("linear", "matmul"):
-        return "MatMul", {}
-    rank = len(shape.geometry) // 7
+def operator(config: LayerConfig) -> tuple[str, Mapping[str, Any]]:
+    """Return an operator's name in ONNX and its attributes."""
+    name = OPERATORS[config.kind]
+    if config.kind == "concat":
+        return name, {"axis": config.geometry[0]}
+    if config.kind == "hard-sigmoid":
+        return name, {"alpha": 1 / 6, "beta": 0.5}
+    if config.kind not in ("conv", "conv-transpose"):
+        return name, {}
+    rank = len(config.geometry) // 7
     sizes = (rank, rank, rank, 2 * rank, rank, rank)
     starts = np.cumsum((0, *sizes))
     _, kernel, stride, padding, dilation, extra = (
-        list(shape.geometry[start : start + size])
+        list(config.geometry[start : start + size])
         for start, size in zip(starts, sizes, strict=False)
     )
-    channels, outputs, per_group = shape.dims
+    channels, outputs, per_group = config.dims
     common = {"kernel_shape": kernel, "strides": stride, "pads": padding, "dilations": dilation}
-    if shape.kind == "conv":
-        return "Conv", {**common, "group": channels // per_group}
-    return "ConvTranspose", {**common, "group": outputs // per_group, "output_padding": extra}
+    if config.kind == "conv":
+        return name, {**common, "group": channels // per_group}
+    return name, {**common, "group": outputs // per_group, "output_padding": extra}

@@ -1,8 +1,8 @@
-"""The layers of a program whose time depends on their widths, as ONNX Runtime runs them.
+"""The operators of a program whose times ONNX Runtime is asked for, and the sizes these depend on.
 
-A layer is an operator with its geometry and its dimensions. Convolutions, linear layers and matrix
-products are layers; attention is two matrix products. Everything else is told by the elements that
-it computes.
+Convolutions, linear layers and matrix products are layers; attention is two matrix products.
+Element-wise operators, concatenations and global averages have times of their own too, in FP32 and
+in INT8. The time of anything else is taken to grow with the elements that it computes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from fxprune.graph.node_args import CONVOLUTIONS, argument, packet_of, paddings,
 from fxprune.graph.program import Program, shape_of
 
 aten = torch.ops.aten
-Kind = Literal["conv", "conv-transpose", "linear", "matmul"]
+Kind = Literal[
+    "conv", "conv-transpose", "linear", "matmul",
+    "sigmoid", "hard-sigmoid", "gelu", "add", "mul", "concat", "average",
+    "quantize", "dequantize",
+]  # fmt: skip
+LAYERS: tuple[Kind, ...] = ("conv", "conv-transpose", "linear", "matmul")
+BINARY: tuple[Kind, ...] = ("add", "mul")
 Dim = Place | int  # a dimension of a node's value, or a size that never changes
 
 # What moves no data in ONNX Runtime, or is folded into the convolution before it.
@@ -39,10 +45,14 @@ class Layer:
         geometry: what removal does not change: of convolutions spatial sizes, kernel, stride,
             padding, dilation and output padding, each with as many numbers as there are spatial
             dimensions (padding twice as many); of matrix products the number of leading sizes, and
-            1 if the right matrix is a weight.
+            1 if the right matrix is a weight; of sums and products, 1 for every dimension along
+            which the second operand is repeated; of concatenations the joined dimension and the
+            number of dimensions.
         dims: of convolutions input channels, output channels, and input channels per group (of
             transposed ones output channels per group); of linear layers rows, inputs, outputs; of
-            matrix products the leading sizes, rows, the size summed over, columns.
+            matrix products the leading sizes, rows, the size summed over, columns; of other
+            operators the sizes of one sample's result, and of concatenations all sizes but the
+            joined one, then that of every part.
 
     """
 
@@ -62,6 +72,52 @@ def layers_of(node: fx.Node, batch: int) -> Iterator[Layer]:
     rule = _RULES.get(packet_of(node))
     if rule is not None:
         yield from rule(node, batch)
+
+
+def operator_of(node: fx.Node, batch: int) -> Layer | None:
+    """Return the element-wise operator, concatenation or global average that a node is."""
+    packet, value = packet_of(node), node.meta.get("val")
+    kind = _KINDS.get(packet)
+    if kind is None or not isinstance(value, Tensor) or not value.is_floating_point():
+        return None
+    if kind in BINARY:
+        return _binary(node, kind, batch)
+    if kind == "concat":
+        return _concat(node, batch)
+    if kind == "average":
+        (x,) = node.all_input_nodes
+        pooled = shape_of(node)[-2:] == (1, 1) and len(shape_of(node)) == 4
+        return Layer(kind, (), _sample(x, batch)) if pooled else None
+    return Layer(kind, (), _sample(node, batch))
+
+
+def _sample(node: fx.Node, batch: int) -> tuple[Dim, ...]:
+    """Return the sizes of one sample of a node's value."""
+    shape = shape_of(node)
+    rest = tuple((node, dim) for dim in range(1, len(shape)))
+    return (_single(shape[0], batch), *rest) if shape else ()
+
+
+def _binary(node: fx.Node, kind: Kind, batch: int) -> Layer | None:
+    """Describe a sum or product whose larger operand has the shape of the result."""
+    shape = shape_of(node)
+    parts = [shape_of(x) if isinstance(x, fx.Node) else () for x in node.args[:2]]
+    parts = [(*[1] * (len(shape) - len(part)), *part) for part in parts]
+    smaller = next((parts[1 - n] for n in (0, 1) if parts[n] == tuple(shape)), None)
+    if smaller is None:
+        return None
+    repeated = tuple(int(a != b) for a, b in zip(smaller, shape, strict=True))
+    return Layer(kind, repeated, _sample(node, batch))
+
+
+def _concat(node: fx.Node, batch: int) -> Layer | None:
+    rank, parts = len(shape_of(node)), node.all_input_nodes
+    axis = int(argument(node, "dim")) % rank
+    if axis == 0 or len(parts) != len(node.args[0]):  # type: ignore[arg-type]  # a list of nodes
+        return None
+    sizes = _sample(node, batch)
+    rest = sizes[:axis] + sizes[axis + 1 :]
+    return Layer("concat", (axis, rank), (*rest, *((part, axis) for part in parts)))
 
 
 def others(program: Program) -> Iterator[fx.Node]:
@@ -149,4 +205,13 @@ _RULES: dict[Any, Callable[[fx.Node, int], Iterator[Layer]]] = {
     **{packet: _product(first) for packet, first in PRODUCTS.items()},
     aten.linear: _linear,
     aten.scaled_dot_product_attention: _attention,
+}
+_KINDS: dict[Any, Kind] = {
+    aten.sigmoid: "sigmoid",
+    aten.hardsigmoid: "hard-sigmoid",
+    aten.gelu: "gelu",
+    aten.add: "add",
+    aten.mul: "mul",
+    aten.cat: "concat",
+    aten.adaptive_avg_pool2d: "average",
 }

@@ -18,7 +18,7 @@ import numpy as np
 
 from fxprune.graph.program import Program
 from fxprune.latency.table import Table
-from fxprune.latency.terms import AXES, Term, elements_of, shapes_of
+from fxprune.latency.terms import AXES, Term, configs_of, elements_of
 from fxprune.planning.budget import Quantity
 from fxprune.planning.cost_evaluator import Floats
 from fxprune.structure.merging import Ints
@@ -41,7 +41,7 @@ class Calibration:
 
     def predict(self, program: Program, table: Table) -> float:
         """Return a program's milliseconds; its layers must be in the table."""
-        layers = float(table.us(shapes_of(program)).sum())
+        layers = float(table.us(configs_of(program)).sum())
         return self.fixed + self.per_us * layers + self.per_element * elements_of(program)
 
     def __mul__(self, factor: float) -> Calibration:
@@ -145,11 +145,11 @@ def _grid(term: Term, table: Table, how: Calibration) -> Floats:
     """Return a term's milliseconds at its knots, one dimension per axis, three in all."""
     lengths = [len(knots) for knots in term.knots]
     filled = (*lengths, *(1,) * (AXES - len(lengths)))
-    if not term.shapes:
+    if not term.configs:
         grid = np.zeros(filled)
         grid[-1, -1, -1] = how.per_element * term.elements
         return grid
-    times = how.per_us * table.us(term.shapes).reshape(filled)
+    times = how.per_us * table.us(term.configs).reshape(filled)
     for axis in range(AXES):
         times = np.flip(np.minimum.accumulate(np.flip(times, axis), axis), axis)
     return np.asarray(times)

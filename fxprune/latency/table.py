@@ -1,8 +1,8 @@
-"""A table of how long ONNX Runtime takes for single layers on this host.
+"""A table of how long ONNX Runtime takes for single operators on this host, in FP32 and in INT8.
 
-Many layers share a session whose profile tells the time of each. A layer's input is written just
-before it runs, and the sessions are about as large as a network's working set, so caches are as
-they would be in a network. Costs of calling a session and of reordering its inputs are left out.
+Many operators share a session whose profile tells the time of each. An operator's input is written
+just before it runs, and the sessions are about as large as a network's working set, so caches are
+as they would be in a network. Costs of calling a session and of reordering its inputs are left out.
 
 A host's clock is not the same at all times. Every session runs a few layers that are the same in
 all of them, the anchors, and its times are scaled to what those took when the table was begun.
@@ -22,32 +22,34 @@ import numpy as np
 from fxprune.errors import FxpruneError
 from fxprune.latency import cache as latency_cache
 from fxprune.latency.cache import Host, Timing
-from fxprune.latency.layer_config import ANCHORS, Shape, model_of
+from fxprune.latency.layer_config import ANCHORS, Form, LayerConfig
+from fxprune.latency.timed_model import Entry, model_of, time_of
 from fxprune.onnx.profile import profile
 from fxprune.pipeline.progress import Tracker
 
 RUNS = 8
 SWEEPS = 3
 SESSION_BYTES = 8 * 2**20  # of weights and activations in one session, about what caches hold
+ANCHOR_ENTRIES: tuple[Entry, ...] = tuple((one, "fp32") for one in ANCHORS)
 
 
 @dataclass(eq=False)
 class Table:
-    """Times of layers on one host; what is missing is measured on demand.
+    """Times of operators on one host; what is missing is measured on demand.
 
     Attributes:
         host: whose times they are.
         path: where they are kept; None keeps nothing.
-        times: by ``Shape.key``.
+        times: by form and ``LayerConfig.key``.
         used: what was asked for since the table was opened.
-        notes: what the report should tell about the file.
+        notes: what the report should say about the file.
 
     """
 
     host: Host
     path: Path | None
     times: dict[str, Timing] = field(default_factory=dict)
-    used: set[Shape] = field(default_factory=set)
+    used: set[Entry] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -58,25 +60,31 @@ class Table:
         times, note = latency_cache.load(path)
         return cls(host, path, times, notes=[note] if note else [])
 
-    def fill(self, shapes: Iterable[Shape], progress: Tracker | None = None) -> int:
-        """Measure those of the shapes that are not in the table; return how many."""
-        asked = set(shapes)
+    def fill(
+        self,
+        configs: Iterable[LayerConfig],
+        progress: Tracker | None = None,
+        forms: Sequence[Form] = ("fp32",),
+    ) -> int:
+        """Measure what the table lacks of operators in the given forms; return how much it was."""
+        asked = {(one, form) for one in configs for form in forms if form in one.forms}
         self.used |= asked
-        unknown = sorted(shape for shape in asked if shape.key not in self.times)
+        unknown = sorted(entry for entry in asked if key_of(entry) not in self.times)
         if not unknown:
             return 0
         fresh = self._anchors()
-        missing = [shape for shape in unknown if shape not in ANCHORS]
+        missing = [entry for entry in unknown if entry not in ANCHOR_ENTRIES]
         parts = sessions(missing) * SWEEPS
         tracked = (progress or Tracker(shown=False)).track(
             parts, "measuring layers in ONNX Runtime", total=len(parts)
         )
         found: dict[str, list[float]] = {}
         for part in tracked:
-            times = measure([*ANCHORS, *part], self.host.threads)
-            drift = np.median([self.times[one.key].us / times[one.key] for one in ANCHORS])
-            for shape in part:
-                found.setdefault(shape.key, []).append(float(drift * times[shape.key]))
+            times = measure([*ANCHOR_ENTRIES, *part], self.host.threads)
+            anchors = map(key_of, ANCHOR_ENTRIES)
+            drift = np.median([self.times[key].us / times[key] for key in anchors])
+            for key in map(key_of, part):
+                found.setdefault(key, []).append(float(drift * times[key]))
         fresh |= _timings(found)
         self.times |= fresh
         if self.path is not None:
@@ -86,20 +94,30 @@ class Table:
 
     def _anchors(self) -> dict[str, Timing]:
         """Begin the table with the times of the anchors; return those that it did not have."""
-        if all(one.key in self.times for one in ANCHORS):
+        keys = [key_of(entry) for entry in ANCHOR_ENTRIES]
+        if all(key in self.times for key in keys):
             return {}
-        sweeps = [measure(ANCHORS, self.host.threads) for _ in range(SWEEPS)]
-        fresh = _timings({one.key: [sweep[one.key] for sweep in sweeps] for one in ANCHORS})
+        sweeps = [measure(ANCHOR_ENTRIES, self.host.threads) for _ in range(SWEEPS)]
+        fresh = _timings({key: [sweep[key] for sweep in sweeps] for key in keys})
         self.times |= fresh
         return fresh
 
-    def us(self, shapes: Sequence[Shape]) -> Any:
-        """Return the microseconds of shapes that are in the table, as an array."""
-        return np.array([self.times[shape.key].us for shape in shapes])
+    def us(self, configs: Sequence[LayerConfig], form: Form = "fp32") -> Any:
+        """Return the microseconds of operators that are in the table, as an array."""
+        return np.array([self.times[key_of((one, form))].us for one in configs])
 
-    def about(self, shapes: Iterable[Shape]) -> dict[str, float | int | str]:
-        """Tell the number, age and noise of the entries used, for the report."""
-        used = {shape.key: self.times[shape.key] for shape in shapes}
+    def ms(self, config: LayerConfig, form: Form = "fp32") -> float:
+        """Return the milliseconds of an operator that is in the table.
+
+        Raises:
+            KeyError: the table has no such time; ``fill`` measures it.
+
+        """
+        return self.times[key_of((config, form))].us / 1e3
+
+    def about(self, entries: Iterable[Entry]) -> dict[str, float | int | str]:
+        """Return the number, age and noise of the entries used, for the report."""
+        used = {key: self.times[key] for key in map(key_of, entries)}
         noise = float(np.median([one.spread for one in used.values()])) if used else 0.0
         return {
             "entries": len(used),
@@ -111,6 +129,12 @@ class Table:
         }
 
 
+def key_of(entry: Entry) -> str:
+    """Return the name of an operator in one form in the table."""
+    config, form = entry
+    return f"{form} {config.key}"
+
+
 def _timings(found: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
     now = time.time()
     return {
@@ -119,32 +143,30 @@ def _timings(found: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
     }
 
 
-def sessions(shapes: Sequence[Shape]) -> list[list[Shape]]:
-    """Split shapes into parts that fit a session."""
-    parts: list[list[Shape]] = []
+def sessions(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Split entries into parts that fit a session."""
+    parts: list[list[Entry]] = []
     room = 0
-    for shape in shapes:
-        size = 4 * shape.elements
+    for entry in entries:
+        size = 4 * entry[0].elements
         if size > room:
             parts.append([])
             room = SESSION_BYTES
-        parts[-1].append(shape)
+        parts[-1].append(entry)
         room -= size
     return parts
 
 
-def measure(shapes: Sequence[Shape], threads: int, runs: int = RUNS) -> dict[str, float]:
-    """Time layers in one session: the mean microseconds of the faster half of runs."""
-    model = model_of(shapes)
+def measure(entries: Sequence[Entry], threads: int, runs: int = RUNS) -> dict[str, float]:
+    """Time operators in one session: the mean microseconds of the faster half of runs, by key."""
     with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
-        profiled = profile(model, threads, runs, Path(scratch))
+        profiled = profile(model_of(entries), threads, runs, Path(scratch))
     found = {}
-    for number, shape in enumerate(shapes):
-        names = (f"layer{number}", f"layer{number}_nchwc")
-        layer = next((profiled[name] for name in names if name in profiled), None)
-        if layer is None:
+    for number, entry in enumerate(entries):
+        us = time_of(profiled, number)
+        if us is None:
             raise FxpruneError(
-                f"ONNX Runtime's profile has no time for the layer {shape.key}; please report it"
+                f"ONNX Runtime's profile has no time for {key_of(entry)}; please report it"
             )
-        found[shape.key] = layer.us
+        found[key_of(entry)] = us
     return found

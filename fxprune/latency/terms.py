@@ -12,8 +12,8 @@ from torch import fx
 
 from fxprune.graph.cost import batch_of
 from fxprune.graph.program import Program, shape_of
-from fxprune.latency.layer_config import Shape
-from fxprune.latency.layers import Dim, Kind, Layer, layers, layers_of, others
+from fxprune.latency.layer_config import LayerConfig
+from fxprune.latency.layers import Dim, Kind, Layer, layers, layers_of, operator_of, others
 from fxprune.planning.cost_evaluator import Floats
 from fxprune.planning.cost_model import Shrinkage
 from fxprune.structure.groups import Group
@@ -56,7 +56,7 @@ class Term:
     Attributes:
         axes: at most three.
         knots: by axis, the lengths at which its time is known.
-        shapes: the layer at every combination of knots, the last axis fastest; none where time
+        configs: the layer at every combination of knots, the last axis fastest; none where time
             goes by the elements.
         elements: how many it computes for one sample when nothing is removed.
 
@@ -64,22 +64,26 @@ class Term:
 
     axes: tuple[Axis, ...]
     knots: tuple[tuple[int, ...], ...]
-    shapes: tuple[Shape, ...]
+    configs: tuple[LayerConfig, ...]
     elements: float = 0.0
 
 
-def shapes_of(program: Program) -> list[Shape]:
+def configs_of(program: Program) -> list[LayerConfig]:
     """Return the layers of a program as it is, for one sample."""
-    return [_shape(layer) for layer in layers(program, batch_of(program))]
+    return [_config(layer) for layer in layers(program, batch_of(program))]
 
 
-def shape_of_layer(node: fx.Node, batch: int) -> Shape:
-    """Return the layer that a convolution or a linear node is, for one sample."""
-    return _shape(next(layers_of(node, batch)))
+def config_of(node: fx.Node, batch: int) -> LayerConfig | None:
+    """Return the operator that a node is, for one sample; None if it is not timed, or is several.
+
+    Attention is two matrix products.
+    """
+    found = [*layers_of(node, batch), *filter(None, [operator_of(node, batch)])]
+    return _config(found[0]) if len(found) == 1 else None
 
 
-def _shape(layer: Layer) -> Shape:
-    return Shape(layer.kind, layer.geometry, tuple(map(_size, layer.dims)))
+def _config(layer: Layer) -> LayerConfig:
+    return LayerConfig(layer.kind, layer.geometry, tuple(map(_size, layer.dims)))
 
 
 def elements_of(program: Program) -> float:
@@ -116,14 +120,14 @@ def _of_layer(layer: Layer, shrinkage: Shrinkage) -> Term:
         channels = "conv" in layer.kind and length == max(sizes[number] for number in own)
         axes.append(Axis(length, shares[own[0]] * length, BLOCK if channels else 1))
     knots = tuple(axis.knots(KNOTS[len(axes)]) for axis in axes)
-    shapes = []
+    configs = []
     for point in itertools.product(*knots):
         dims = list(sizes)
         for axis, own, length in zip(axes, members, point, strict=True):
             for number in own:
                 dims[number] = sizes[number] // axis.length * length
-        shapes.append(Shape(layer.kind, layer.geometry, _divisible(layer.kind, dims)))
-    return Term(tuple(axes), knots, tuple(shapes))
+        configs.append(LayerConfig(layer.kind, layer.geometry, _divisible(layer.kind, dims)))
+    return Term(tuple(axes), knots, tuple(configs))
 
 
 def _divisible(kind: Kind, dims: list[int]) -> tuple[int, ...]:

@@ -1,0 +1,153 @@
+"""ONNX models that run operators of the latency table, each on inputs of its own shapes.
+
+In FP32 an operator stands by itself. In INT8 it stands between the conversions that ONNX Runtime
+fuses with it; linear layers and matrix products give FP32 numbers there, as in networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from fxprune.latency.layer_config import Form, LayerConfig, Sizes, operator
+from fxprune.onnx.profile import Profiled
+
+OPSET = 20
+SCALE = 0.02
+TYPES: Mapping[Form, int] = {"fp32": TensorProto.FLOAT, "int8": TensorProto.UINT8}
+Entry = tuple[LayerConfig, Form]
+
+
+def model_of(entries: Sequence[Entry]) -> bytes:
+    """Build an ONNX model that runs each entry once."""
+    model = _Model()
+    for number, (config, form) in enumerate(entries):
+        if config.kind in ("quantize", "dequantize"):
+            model.add_conversion(number, config)
+        elif form == "fp32":
+            model.add_fp32(number, config)
+        elif config.kind in ("linear", "matmul"):
+            model.add_product(number, config)
+        else:
+            model.add_int8(number, config)
+    return model.encoded()
+
+
+def time_of(profiled: Mapping[str, Profiled], number: int) -> float | None:
+    """Return the microseconds of one entry, whose node optimisers may have given a suffix."""
+    name = f"layer{number}"
+    found = (name, f"{name}_nchwc", f"{name}_token_")
+    own = [node.us for key, node in profiled.items() if key.startswith(found[2]) or key in found]
+    return sum(own) if own else None
+
+
+class _Model:
+    """An ONNX model that grows by operators in either form."""
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(0)
+        self._nodes: list[Any] = []
+        self._weights: list[Any] = []
+        self._outputs: list[Any] = []
+        self._inputs: dict[str, Any] = {}
+        self._store("scale", np.float32(SCALE))
+        self._store("zero", np.uint8(0))
+
+    def add_fp32(self, number: int, config: LayerConfig) -> None:
+        read = self._read(number, config, "fp32")
+        name, attributes = operator(config)
+        self._add(name, read, f"layer{number}", TensorProto.FLOAT, **attributes)
+
+    def add_int8(self, number: int, config: LayerConfig) -> None:
+        """Add an operator between conversions; a layer with its bias, and with a ReLU after it."""
+        read = self._read(number, config, "int8")
+        last = f"layer{number}"
+        name, attributes = operator(config)
+        if config.constant:
+            outputs = config.dims[1]
+            read.append(self._decoded(f"b{number}", np.zeros(outputs, np.int32), 0, SCALE**2))
+        self._node(name, read, last, **attributes)
+        if config.constant:
+            self._node("Relu", [last], f"relu{number}")
+            last = f"relu{number}"
+        ends = [last, "scale", "zero"]
+        self._add("QuantizeLinear", ends, f"out{number}", TensorProto.UINT8)
+
+    def add_product(self, number: int, config: LayerConfig) -> None:
+        """Add a product of INT8 numbers whose sums go on as FP32."""
+        read = self._read(number, config, "int8")
+        if config.kind == "linear":
+            bias = np.zeros(config.dims[2], np.int32)
+            read.append(self._decoded(f"b{number}", bias, 0, SCALE**2))
+        kind = "Gemm" if config.kind == "linear" else "MatMul"
+        self._add(kind, read, f"layer{number}", TensorProto.FLOAT)
+
+    def add_conversion(self, number: int, config: LayerConfig) -> None:
+        forward = config.kind == "quantize"
+        form: Form = "fp32" if forward else "int8"
+        read = [self._source(config.dims, form), "scale", "zero"]
+        type_ = TensorProto.UINT8 if forward else TensorProto.FLOAT
+        self._add(operator(config)[0], read, f"layer{number}", type_)
+
+    def encoded(self) -> bytes:
+        inputs = list(self._inputs.values())
+        graph = helper.make_graph(self._nodes, "layers", inputs, self._outputs, self._weights)
+        opset = helper.make_opsetid("", OPSET)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
+        encoded: bytes = model.SerializeToString()
+        return encoded
+
+    def _read(self, number: int, config: LayerConfig, form: Form) -> list[str]:
+        """Name an operator's operands: inputs of the model, and a weight of its own."""
+        first, *rest = config.operands
+        if config.constant:
+            (shape,) = rest
+            rest = []
+        read = [
+            self._operand(f"in{number}_{place}", shape_, place, form)
+            for place, shape_ in enumerate((first, *rest))
+        ]
+        return [*read, self._weight(number, config, shape, form)] if config.constant else read
+
+    def _operand(self, name: str, shape: Sizes, place: int, form: Form) -> str:
+        source = self._source(shape, form, place)
+        if form == "fp32":
+            return source
+        self._node("DequantizeLinear", [source, "scale", "zero"], name)
+        return name
+
+    def _weight(self, number: int, config: LayerConfig, shape: Sizes, form: Form) -> str:
+        if form == "fp32":
+            values = self._random.standard_normal(shape, dtype=np.float32)
+            self._store(f"w{number}", values)
+            return f"w{number}"
+        axis = 0 if config.kind == "conv" else 1
+        codes = self._random.integers(-60, 60, shape).astype(np.int8)
+        return self._decoded(f"w{number}", codes, axis, SCALE)
+
+    def _store(self, name: str, values: Any) -> None:
+        self._weights.append(numpy_helper.from_array(np.asarray(values), name))
+
+    def _source(self, shape: Sizes, form: Form, place: int = 0) -> str:
+        name = f"{form}_{place}_{'_'.join(map(str, shape))}"
+        self._inputs[name] = helper.make_tensor_value_info(name, TYPES[form], shape)
+        return name
+
+    def _decoded(self, name: str, codes: Any, axis: int, scale: float) -> str:
+        size = codes.shape[axis]
+        self._store(name, codes)
+        self._store(f"{name}_scale", np.full(size, scale, np.float32))
+        self._store(f"{name}_zero", np.zeros(size, codes.dtype))
+        read = [name, f"{name}_scale", f"{name}_zero"]
+        self._node("DequantizeLinear", read, f"{name}_decoded", axis=axis)
+        return f"{name}_decoded"
+
+    def _node(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> None:
+        self._nodes.append(helper.make_node(kind, inputs, [name], name, **attributes))
+
+    def _add(self, kind: str, inputs: list[str], name: str, type_: int, **attributes: Any) -> None:
+        self._node(kind, inputs, name, **attributes)
+        self._outputs.append(helper.make_tensor_value_info(name, type_, None))
