@@ -14,7 +14,7 @@ from fxprune.graph.trace import trace
 from fxprune.passes import AnnotateSensitivity, RemoveChannels
 from fxprune.pipeline.contract import Outcome, Skip
 from fxprune.pipeline.driver import Entry
-from fxprune.run.checkpoint import Checkpoint, Journal, fingerprint
+from fxprune.run.checkpoint import FOLDER, Checkpoint, Journal, fingerprint, resumable
 
 COST = Cost(1, 2, 3)
 
@@ -50,14 +50,15 @@ def test_what_is_kept_comes_back(program: Program, tmp_path: Path) -> None:
     found = journal(program)
     kept.save(program, found)
     kept.save(program, found)
-    assert len(list(kept.state.parent.iterdir())) == 2
+    state = tmp_path / FOLDER / "state.json"
+    assert len(list(state.parent.iterdir())) == 2
     loaded = kept.load()
     assert loaded is not None
     again, entries = loaded
     assert entries == found
     assert torch.equal(again.tensor("weight"), program.tensor("weight"))
     assert again.get(SENSITIVITY).criterion == "l2"
-    assert json.loads(kept.state.read_text())["fingerprint"] == "abc"
+    assert json.loads(state.read_text())["fingerprint"] == "abc"
     kept.drop()
     assert not list(tmp_path.iterdir())
 
@@ -70,3 +71,22 @@ def test_the_fingerprint_follows_weights_graph_and_options(program: Program) -> 
     with torch.no_grad():
         other.tensor("bias")[0] += 1e-6
     assert first != fingerprint(other, (1, "a"))
+
+
+def test_without_a_folder_nothing_is_kept(program: Program) -> None:
+    nowhere = Checkpoint.none()
+    nowhere.save(program, journal(program))
+    assert not nowhere.exists
+    assert nowhere.load() is None
+    nowhere.drop()
+
+
+def test_a_failure_says_that_finished_passes_are_kept(program: Program, tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path, "abc", ())
+    with pytest.raises(KeyError) as early, resumable(kept):
+        raise KeyError
+    kept.save(program, Journal())
+    with pytest.raises(KeyError) as late, resumable(kept):
+        raise KeyError
+    assert not hasattr(early.value, "__notes__")
+    assert "--resume" in late.value.__notes__[0]

@@ -110,7 +110,7 @@ def test_a_target_not_met_is_exit_code_1(folder: Path) -> None:
         ("net.pt --data data.npz --passes fold-batchnorms", 2, "did you mean fold-batchnorm"),
         ("net.pt --data data.npz --passes remove-channels", 2, "reads 'plan', and nothing"),
         ("net.pt --data data.npz --recipe bad.toml", 2, "did you mean remove-channels"),
-        ("pickled.pt --data data.npz --recipe consent.toml", 2, "may not say 'trust-pickle'"),
+        ("pickled.pt --data data.npz --recipe consent.toml", 2, "cannot set 'trust-pickle'"),
         ("net.pt --data data.npz --recipe seed.toml", 2, "'seed': expected a whole number"),
         ("net.pt --data data.npz --max-drop -1", 2, "max-drop is -1.0; it must be at least 0"),
         ("net.pt --data data.npz --recipe no.toml", 2, "--recipe no.toml cannot be read"),

@@ -138,9 +138,9 @@ def test_another_runs_checkpoint_is_refused(
     monkeypatch.setattr(FoldBatchNorm, "run", fail)
     with pytest.raises(InputError, match="enough"):
         compiled(tmp_path)
-    with pytest.raises(InputError, match=r"of another run.*without --resume"):
+    with pytest.raises(InputError, match=r"belongs to another run.*without --resume"):
         compiled(tmp_path, resume=True, seed=1)
-    with pytest.raises(InputError, match="the passes before it have changed"):
+    with pytest.raises(InputError, match="the finished passes have changed"):
         compiled(tmp_path, resume=True, pipeline="recalibrate-norms")
     state = tmp_path / FOLDER / "state.json"
     state.write_text(state.read_text()[:-20])
@@ -235,7 +235,7 @@ def test_much_lost_accuracy_gets_a_word_unless_it_was_allowed(max_drop: float | 
     assert report.after.accuracy is not None
     lost = 100 * (report.before.accuracy - report.after.accuracy)
     assert lost > 5
-    told = [note for note in report.notes if note.startswith(f"{lost:.1f} points of accuracy")]
+    told = [note for note in report.notes if note.startswith(f"accuracy fell by {lost:.1f} points")]
     assert len(told) == (max_drop is None)
 
 

@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 
 from fxprune.errors import InputError
-from fxprune.run.output import ASIDE, check_writable, staged, write_text
+from fxprune.run.output import STAGING, check_writable, staged, write_text
 
 
 def test_files_appear_at_the_end(tmp_path: Path) -> None:
     out = tmp_path / "a" / "b"
-    with staged(out) as aside:
-        (aside / "model.onnx").write_text("new")
-        assert [path.name for path in out.iterdir()] == [ASIDE]
+    with staged(out) as staging:
+        (staging / "model.onnx").write_text("new")
+        assert [path.name for path in out.iterdir()] == [STAGING]
     assert [path.name for path in out.iterdir()] == ["model.onnx"]
 
 
 def _fail(folder: Path, error: type[BaseException]) -> None:
-    with staged(folder) as aside:
-        (aside / "model.onnx").write_text("new")
+    with staged(folder) as staging:
+        (staging / "model.onnx").write_text("new")
         raise error
 
 
@@ -39,8 +39,8 @@ def test_a_folder_made_for_a_failed_run_goes_again(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_is_cleared(tmp_path: Path) -> None:
-    (tmp_path / ASIDE).mkdir()
-    (tmp_path / ASIDE / "model.onnx").write_text("half")
+    (tmp_path / STAGING).mkdir()
+    (tmp_path / STAGING / "model.onnx").write_text("half")
     with staged(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
@@ -55,9 +55,9 @@ def test_the_report_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", note)
-    with staged(tmp_path) as aside:
+    with staged(tmp_path) as staging:
         for name in ("report.json", "zebra", "model.onnx"):
-            (aside / name).write_text("")
+            (staging / name).write_text("")
     assert moved == ["model.onnx", "zebra", "report.json"]
 
 

@@ -58,8 +58,10 @@ def test_mean_and_std_reach_the_data(tmp_path: Path) -> None:
 
 def test_a_recipe_tells_all_but_the_consent() -> None:
     request = Request("m.pt", "timm:x", ("a=1",), trust_pickle=True)
-    assert request.told() == {"model": "m.pt", "arch": "timm:x", "arch_option": ("a=1",)}
-    again, options = split(typed(request.told() | {"seed": 3, "target": ["macs=50%"]}, "here"))
+    assert request.recipe_fields() == {"model": "m.pt", "arch": "timm:x", "arch_option": ("a=1",)}
+    again, options = split(
+        typed(request.recipe_fields() | {"seed": 3, "target": ["macs=50%"]}, "here")
+    )
     assert again == Request("m.pt", "timm:x", ("a=1",))
     assert options == {"seed": 3, "target": ("macs=50%",)}
 
@@ -67,8 +69,8 @@ def test_a_recipe_tells_all_but_the_consent() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"trust_pickle": True}, r"here: \[run\] may not say 'trust_pickle'"),
-        ({"resume": True}, "may not say 'resume'"),
+        ({"trust_pickle": True}, r"here: \[run\] cannot set 'trust_pickle'"),
+        ({"resume": True}, "cannot set 'resume'"),
         ({"batch-size": "many"}, "'batch-size': expected a whole number, not 'many'"),
     ],
 )

@@ -174,8 +174,8 @@ MUTANTS = (
     Mutant(
         "output: a run that fails leaves its files",
         "fxprune/run/output.py",
-        "    finally:\n        shutil.rmtree(aside, ignore_errors=True)\n        drop_empty(made)",
-        "    finally:\n        drop_empty(made)",
+        "finally:\n        shutil.rmtree(staging, ignore_errors=True)\n        drop_empty(made)",
+        "finally:\n        drop_empty(made)",
         "tests/test_output.py",
     ),
     Mutant(

@@ -119,7 +119,7 @@ def compile_command(
         samples = request.load_data(options.get("seed", 0))
         result = compile_model(
             request.load_model(), request.example_inputs(), data=samples, out=out, resume=resume,
-            pipeline=pipeline, progress=progress, origin=request.told(), **options,
+            pipeline=pipeline, progress=progress, origin=request.recipe_fields(), **options,
         )  # fmt: skip
         if not quiet_run:
             print_report(result.report, Console())

@@ -51,8 +51,8 @@ class Request:
     std: str | None = None
     trust_pickle: bool = False
 
-    def told(self) -> dict[str, Any]:
-        """Return what a recipe says of it: all that is given, but never the consent."""
+    def recipe_fields(self) -> dict[str, Any]:
+        """Return what a recipe records: all that is given, but never the consent."""
         given = {name: value for name, value in asdict(self).items() if value not in (None, ())}
         del given["trust_pickle"]
         return given
@@ -90,9 +90,9 @@ class Request:
         return numbers(self.input_shape, "--input-shape", int)
 
 
-# What a recipe's [run] may say; consent to unpickling is given on the command line alone.
+# What a recipe's [run] may set; consent to unpickling is given on the command line alone.
 _HINTS = get_type_hints(Request) | get_type_hints(Options) | {"target": tuple[str, ...]}
-_SAID = {field.name for field in fields(Request)} | set(Options.TOLD) | {"target"}
+_RECIPE_FIELDS = {field.name for field in fields(Request)} | set(Options.RECIPE_FIELDS) | {"target"}
 
 
 def typed(options: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -105,8 +105,8 @@ def typed(options: Mapping[str, Any], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for option, value in options.items():
         name = option.replace("-", "_")
-        if name not in _SAID - {"trust_pickle"}:
-            raise InputError(f"{where}: [run] may not say '{option}'")
+        if name not in _RECIPE_FIELDS - {"trust_pickle"}:
+            raise InputError(f"{where}: [run] cannot set '{option}'")
         try:
             found[name] = convert(value, _HINTS[name])
         except ValueError as error:

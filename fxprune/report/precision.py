@@ -1,4 +1,4 @@
-"""Floats or 8-bit codes: which of the two a result was kept in, and what both measured."""
+"""FP32 or INT8: which of the two was kept, and what both measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Figures:
-    """What one form's ONNX file was measured to be."""
+    """What was measured of one ONNX file."""
 
     latency_ms: float
     onnx_bytes: int
@@ -17,14 +17,14 @@ class Figures:
 
 @dataclass(frozen=True)
 class Precision:
-    """Which form was kept, and what both were measured to be.
+    """Which precision was kept, and what both measured.
 
     Attributes:
         kept: its name.
         why: the reason, for people.
-        fp32: the result in floats; None if it was not measured.
-        int8: the result in codes; None if it was not measured.
-        speedup: how many times as fast codes are as floats, side by side in one run.
+        fp32: the FP32 file; None if it was not measured.
+        int8: the INT8 file; None if it was not measured.
+        speedup: how many times as fast as FP32 INT8 is, timed side by side in one run.
 
     """
 
@@ -37,11 +37,11 @@ class Precision:
     @property
     def summary(self) -> str:
         """One line for people."""
-        text = f"precision: {self.kept.upper()}, {self.why}"
+        text = f"kept {self.kept.upper()}: {self.why}"
         if self.fp32 is None or self.int8 is None:
             return text
-        pairs = [f"{self.int8.latency_ms:.3f} against {self.fp32.latency_ms:.3f} ms"]
-        pairs.append(f"{self.int8.onnx_bytes:,} against {self.fp32.onnx_bytes:,} bytes")
+        pairs = [f"{self.int8.latency_ms:.3f} and {self.fp32.latency_ms:.3f} ms"]
+        pairs.append(f"{self.int8.onnx_bytes:,} and {self.fp32.onnx_bytes:,} bytes")
         if self.int8.accuracy is not None and self.fp32.accuracy is not None:
-            pairs.append(f"{100 * self.int8.accuracy:.2f} against {100 * self.fp32.accuracy:.2f} %")
-        return f"{text} (INT8 against FP32: {', '.join(pairs)})"
+            pairs.append(f"{100 * self.int8.accuracy:.2f} and {100 * self.fp32.accuracy:.2f} %")
+        return f"{text} (INT8 and FP32: {', '.join(pairs)})"

@@ -1,12 +1,12 @@
-"""The result in floats and in 8-bit codes: both are made and measured, and one is kept."""
+"""The FP32 and the INT8 result of the passes, their measurements, and which one is kept."""
 
 from __future__ import annotations
 
 import copy
-import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from torch.onnx import OnnxExporterError
 
@@ -23,92 +23,109 @@ from fxprune.run.measure import Emission, emit
 from fxprune.run.quantized_checks import check_quantized
 from fxprune.training.evaluate import Evaluation
 
-LOSS = 0.005  # the share of right predictions that codes may cost, where floats are an alternative
+# The share of right predictions that INT8 may lose where FP32 could be kept instead.
+MAX_INT8_LOSS = 0.005
+Name = Literal["fp32", "int8"]
 
 
 @dataclass(frozen=True, eq=False)
-class Forms:
-    """The result of the passes in floats and in codes.
+class Candidate:
+    """A result of the passes, and the journal of the passes that made it."""
+
+    program: Program
+    journal: Journal
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The results that one may be chosen from.
 
     Attributes:
-        floats: None if only codes are left, as when a run resumed behind the floats.
-        codes: None if they were not asked for, or cannot be had.
-        obstacle: why there are no codes, where they were wanted.
-        free: whether the better one is taken; else codes, where there are any.
+        by_name: FP32 is missing after a run was resumed behind its passes; INT8 is missing if it
+            was not asked for or could not be made.
+        obstacle: why there is no INT8, where it was wanted.
 
     """
 
-    floats: Program | None
-    codes: Program | None = None
+    by_name: Mapping[Name, Candidate]
     obstacle: str | None = None
-    free: bool = False
-
-    @property
-    def programs(self) -> dict[str, Program]:
-        """Those that there are, by name."""
-        found = {"fp32": self.floats, "int8": self.codes}
-        return {name: program for name, program in found.items() if program is not None}
 
 
-def emit_forms(job: Job, forms: Forms, folder: Path) -> tuple[Forms, dict[str, Emission]]:
-    """Write the dense program and the result's forms; codes only if they can be had."""
-    threads, seconds = job.options.threads or 1, job.options.latency_seconds
-    for program in forms.programs.values():
-        program.to("cpu").eval()
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A candidate's ONNX file.
+
+    Attributes:
+        program: what it was written from.
+        journal: of the passes that made the program.
+        emission: the file and its latency.
+        accuracy: of the file in ONNX Runtime.
+        checks: what an INT8 file was checked for.
+
+    """
+
+    program: Program
+    journal: Journal
+    emission: Emission
+    accuracy: Evaluation
+    checks: Mapping[str, Check] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurements:
+    """The measured candidates by name, the dense model's file, and why there is no INT8."""
+
+    dense: Emission
+    by_name: Mapping[Name, Measured]
+    obstacle: str | None = None
+
+    def kept(self, precision: Precision | None) -> Measured:
+        """Return the candidate that was chosen; the only one if there was no choice."""
+        return self.by_name[precision.kept if precision else "fp32"]
+
+
+def run_passes(job: Job, checkpoint: Checkpoint) -> Candidates:
+    """Run the passes, after those of the checkpoint if the run is resumed."""
+    program, journal = _beginning(job, checkpoint)
+    if len(journal.entries) > len(job.fp32_pipeline.passes):
+        _advance(job, job.pipeline, program, journal, checkpoint)
+        return Candidates({"int8": Candidate(program, journal)})
+    _advance(job, job.fp32_pipeline, program, journal, checkpoint)
+    fp32 = Candidate(program, journal)
+    if job.fp32_pipeline == job.pipeline:
+        return Candidates({"fp32": fp32})
+    int8 = Candidate(program.copy(), copy.deepcopy(journal))
+    kept = Checkpoint.none() if job.choose_precision else checkpoint
     try:
-        return forms, emit({"dense": job.dense, **forms.programs}, folder / "all", threads, seconds)
-    except (FxpruneError, OnnxExporterError) as error:
-        if forms.codes is None or not forms.free:
-            raise
-        reason = f"for INT8 cannot be exported: {str(error).splitlines()[0]}"
-        forms = replace(forms, codes=None, obstacle=reason)
-    return forms, emit({"dense": job.dense, **forms.programs}, folder / "floats", threads, seconds)
-
-
-def optimise(job: Job, kept: Checkpoint | None) -> tuple[Forms, dict[str, Journal]]:
-    """Run the passes, from the checkpoint on if that is asked for; one journal per form."""
-    program, journal = _begun(job, kept)
-    floats = job.in_floats
-    if len(journal.entries) > len(floats.passes):
-        _advance(job, job.pipeline, program, journal, kept)
-        return Forms(None, program), {"int8": journal}
-    _advance(job, floats, program, journal, kept)
-    journals = {"fp32": journal, "int8": copy.deepcopy(journal)}
-    if floats == job.pipeline:
-        return Forms(program), journals
-    codes, obstacle = program.copy(), None
-    try:
-        _advance(job, job.pipeline, codes, journals["int8"], None if job.free else kept)
+        _advance(job, job.pipeline, int8.program, int8.journal, kept)
     except FxpruneError as error:
-        if not job.free:
+        if not job.choose_precision:
             raise
-        obstacle = f"for INT8 cannot be had: {error}"
-    if obstacle is None and not is_quantized(codes):
-        obstacle = "for nothing in this model can be quantised"
-        if not job.free:
-            return Forms(codes, None, obstacle), {"fp32": journals["int8"]}
-    return Forms(program, None if obstacle else codes, obstacle, job.free), journals
+        return Candidates({"fp32": fp32}, f"INT8 conversion failed: {error}")
+    if is_quantized(int8.program):
+        return Candidates({"fp32": fp32, "int8": int8})
+    nothing = "no layer of this model can be quantized"
+    return Candidates({"fp32": fp32 if job.choose_precision else int8}, nothing)
 
 
-def _begun(job: Job, kept: Checkpoint | None) -> tuple[Program, Journal]:
-    """Return the dense program, or what a run that was killed left of it."""
+def _beginning(job: Job, checkpoint: Checkpoint) -> tuple[Program, Journal]:
+    """Return the dense program, or what a killed run has kept."""
     options = job.options
-    found = kept.load() if kept and options.resume else None
-    if kept and not options.resume:
-        kept.drop()
-    if found is None:
+    kept = checkpoint.load() if options.resume else None
+    if not options.resume:
+        checkpoint.drop()
+    if kept is None:
         return job.dense.copy().to(options.device), Journal()
-    program, journal = found
-    options.progress.say(
-        f"resuming after pass {len(journal.entries)} of {len(job.pipeline.passes)}"
-    )
+    program, journal = kept
+    done, total = len(journal.entries), len(job.pipeline.passes)
+    options.progress.say(f"resuming after pass {done} of {total}")
     return program.to(options.device), journal
 
 
 def _advance(
-    job: Job, pipeline: Pipeline, program: Program, journal: Journal, kept: Checkpoint | None
+    job: Job, pipeline: Pipeline, program: Program, journal: Journal, checkpoint: Checkpoint
 ) -> None:
-    """Run the passes of a pipeline that a journal does not have yet."""
+    """Run the passes of a pipeline that the journal does not have yet."""
     plan = program.facts.get(PLAN.name)
 
     def observe(program: Program, entry: Entry) -> None:
@@ -116,121 +133,97 @@ def _advance(
         journal.add(pipeline.passes[len(journal.entries)], entry, program, plan)
         plan = program.facts.get(PLAN.name)
         job.options.progress.say(f"{entry.spec}: {entry.seconds:.1f} s")
-        if kept:
-            kept.save(program, journal)
+        checkpoint.save(program, journal)
 
     pipeline.run(program, job.context, (observe,), done=tuple(journal.entries))
 
 
-@dataclass(frozen=True, eq=False)
-class Settled:
-    """The form that was kept.
+def measure_candidates(job: Job, candidates: Candidates, folder: Path) -> Measurements:
+    """Export the dense program and every candidate, and measure latency and accuracy.
 
-    Attributes:
-        program: it.
-        journal: of the passes that led to it.
-        dense: the dense model's file, which is gone.
-        emission: its own.
-        judged: the accuracy of its file.
-        checks: what codes were checked for.
-        precision: why this one; None where there was no choice.
-
+    Where the precision may be chosen, an INT8 candidate that cannot be exported is dropped.
     """
-
-    program: Program
-    journal: Journal
-    dense: Emission
-    emission: Emission
-    judged: Evaluation
-    checks: Mapping[str, Check]
-    precision: Precision | None
-
-
-def settle(job: Job, kept: Checkpoint | None, before: Evaluation, aside: Path) -> Settled:
-    """Run the passes, measure the result in every form, and put the best one's file aside.
-
-    Args:
-        job: what to do.
-        kept: the checkpoint.
-        before: the dense model's accuracy.
-        aside: the folder for ``model.onnx``.
-
-    """
-    forms, journals = optimise(job, kept)
-    job.dense.to("cpu").eval()
     job.options.progress.say("exporting to ONNX and measuring latency")
-    with tempfile.TemporaryDirectory(prefix="fxprune-", dir=aside) as scratch:
-        forms, emitted = emit_forms(job, forms, Path(scratch))
-        dense = emitted.pop("dense")
-        judged = {
-            name: job.judge.file(one.path, f"evaluating the ONNX file, {name.upper()}")
-            for name, one in emitted.items()
-        }
-        checks: dict[str, Check] = {}
-        if forms.codes is not None:
-            checks = check_quantized(forms.codes, emitted["int8"].path, job.data)
-        failed = [name for name, check in checks.items() if check.passed is False]
-        least = _least(before, job.options.max_drop)
-        precision = choose(forms, emitted, judged, failed, least)
-        name = precision.kept if precision else "fp32"
-        for part in emitted[name].path.parent.iterdir():
-            part.replace(aside / part.name)
-    return Settled(
-        forms.programs[name], journals[name], dense, emitted[name], judged[name],
-        checks if name == "int8" else {}, precision,
-    )  # fmt: skip
+    try:
+        emitted = _emit(job, candidates, folder / "all")
+    except (FxpruneError, OnnxExporterError) as error:
+        if "int8" not in candidates.by_name or not job.choose_precision:
+            raise
+        reason = f"INT8 cannot be exported: {str(error).splitlines()[0]}"
+        candidates = Candidates({"fp32": candidates.by_name["fp32"]}, reason)
+        emitted = _emit(job, candidates, folder / "fp32")
+    measured = {
+        name: Measured(
+            one.program,
+            one.journal,
+            emitted[name],
+            job.judge.file(emitted[name].path, f"evaluating the ONNX file, {name.upper()}"),
+        )
+        for name, one in candidates.by_name.items()
+    }
+    if (int8 := measured.get("int8")) is not None:
+        checks = check_quantized(int8.program, int8.emission.path, job.data)
+        measured["int8"] = replace(int8, checks=checks)
+    return Measurements(emitted["dense"], measured, candidates.obstacle)
 
 
-def choose(
-    forms: Forms,
-    emitted: Mapping[str, Emission],
-    judged: Mapping[str, Evaluation],
-    failed: Sequence[str],
-    least: float | None,
+def _emit(job: Job, candidates: Candidates, folder: Path) -> dict[str, Emission]:
+    programs: dict[str, Program] = {"dense": job.dense}
+    programs |= {name: one.program for name, one in candidates.by_name.items()}
+    for program in programs.values():
+        program.to("cpu").eval()
+    return emit(programs, folder, job.options.threads or 1, job.options.latency_seconds)
+
+
+def select_precision(
+    job: Job, measured: Measurements, dense_accuracy: Evaluation
 ) -> Precision | None:
-    """Choose a form; None where codes were never in question.
+    """Choose between FP32 and INT8; None if INT8 was never asked for."""
+    drop, dense = job.options.max_drop, dense_accuracy.accuracy
+    lowest = None if drop is None or dense is None else dense - drop / 100
+    return choose(measured, free=job.choose_precision, min_accuracy=lowest)
+
+
+def choose(measured: Measurements, *, free: bool, min_accuracy: float | None) -> Precision | None:
+    """Choose between FP32 and INT8; None if INT8 was never asked for.
 
     Args:
-        forms: what there is to choose from.
-        emitted: by form, its file, with latencies of one run.
-        judged: by form, the accuracy of its file.
-        failed: the checks that codes failed.
-        least: the smallest accuracy that is allowed.
+        measured: the candidates with their measurements.
+        free: whether FP32 is kept if INT8 is slower or less accurate; else INT8 if there is one.
+        min_accuracy: the smallest accuracy that is allowed; None for no limit.
 
     """
-    if "int8" not in emitted:
-        return None if forms.obstacle is None else Precision("fp32", forms.obstacle)
-    figures = {
-        name: Figures(one.latency.median_ms, one.export.onnx_bytes, judged[name].accuracy)
-        for name, one in emitted.items()
-    }
-    if "fp32" not in emitted:
-        why = "not set beside FP32, for the run resumed behind it"
-        return Precision("int8", why, int8=figures["int8"])
-    speedup = emitted["int8"].latency.speedup / emitted["fp32"].latency.speedup
-    both = figures["fp32"], figures["int8"], speedup
-    slow = None if speedup > 1 else "INT8 is not faster than FP32"
-    broken = f"INT8 failed the checks {', '.join(failed)}" if failed else None
-    reason = slow or broken or _inaccurate(judged, least)
-    if forms.free and reason is not None:
-        return Precision("fp32", f"for {reason} ({speedup:.2f}x)", *both)
-    pace = f"{speedup:.2f}x as fast as FP32"
-    return Precision("int8", f"although it is NOT FASTER: {pace}" if slow else pace, *both)
+    fp32, int8 = (measured.by_name.get(name) for name in ("fp32", "int8"))
+    if int8 is None:
+        return None if measured.obstacle is None else Precision("fp32", measured.obstacle)
+    if fp32 is None:
+        why = "the run was resumed after its FP32 passes, so there is no FP32 to compare with"
+        return Precision("int8", why, int8=_figures(int8))
+    speedup = int8.emission.latency.speedup / fp32.emission.latency.speedup
+    figures = _figures(fp32), _figures(int8), speedup
+    slow = None if speedup > 1 else f"INT8 is not faster than FP32 ({speedup:.2f}x)"
+    reason = slow or _failed(int8) or _inaccurate(fp32.accuracy, int8.accuracy, min_accuracy)
+    if free and reason is not None:
+        return Precision("fp32", reason, *figures)
+    why = f"as asked, although {slow}" if slow else f"{speedup:.2f}x as fast as FP32"
+    return Precision("int8", why, *figures)
 
 
-def _least(before: Evaluation, max_drop: float | None) -> float | None:
-    if before.accuracy is None or max_drop is None:
+def _figures(one: Measured) -> Figures:
+    emission = one.emission
+    return Figures(emission.latency.median_ms, emission.export.onnx_bytes, one.accuracy.accuracy)
+
+
+def _failed(int8: Measured) -> str | None:
+    failed = [name for name, check in int8.checks.items() if check.passed is False]
+    return f"INT8 failed the check {', '.join(failed)}" if failed else None
+
+
+def _inaccurate(fp32: Evaluation, int8: Evaluation, min_accuracy: float | None) -> str | None:
+    if fp32.accuracy is None or int8.accuracy is None:
         return None
-    return before.accuracy - max_drop / 100
-
-
-def _inaccurate(judged: Mapping[str, Evaluation], least: float | None) -> str | None:
-    floats, codes = judged["fp32"], judged["int8"]
-    if floats.accuracy is None or codes.accuracy is None:
-        return None
-    lost = floats.accuracy - codes.accuracy
-    if least is not None and codes.accuracy < least <= floats.accuracy:
-        return f"INT8 loses {100 * lost:.2f} points more, beyond max-drop"
-    if lost > LOSS + 1 / max(codes.predictions, 1):
-        return f"INT8 loses {100 * lost:.2f} points more"
-    return None
+    lost = fp32.accuracy - int8.accuracy
+    reason = f"INT8 loses {100 * lost:.2f} percentage points of accuracy more"
+    if min_accuracy is not None and int8.accuracy < min_accuracy <= fp32.accuracy:
+        return f"{reason}, beyond max-drop"
+    return reason if lost > MAX_INT8_LOSS + 1 / max(int8.predictions, 1) else None

@@ -1,11 +1,12 @@
-"""What a run has behind it, kept after every pass so that a killed run can go on."""
+"""What a run has done so far, kept after every pass so that a killed run can be resumed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fxprune.pipeline.driver import Entry
 from fxprune.run.output import write_text
 
 FOLDER = ".fxprune-checkpoint"
-POINTS = 64  # of a sensitivity curve
+CURVE_POINTS = 64
 
 
 @dataclass
@@ -90,7 +91,7 @@ def _curves(sensitivity: Sensitivity) -> dict[str, tuple[float, ...]]:
     curves = {}
     for name, scores in sensitivity.scores.items():
         rising = scores.detach().double().cpu().sort().values
-        chosen = torch.linspace(0, len(rising) - 1, min(POINTS, len(rising))).round().long()
+        chosen = torch.linspace(0, len(rising) - 1, min(CURVE_POINTS, len(rising))).round().long()
         curves[name] = tuple(rising[chosen].tolist())
     return curves
 
@@ -100,29 +101,36 @@ class Checkpoint:
     """A folder with the program and the journal as they were after the last finished pass.
 
     Attributes:
-        folder: the output folder of the run.
-        fingerprint: of the model and the options; what another run left does not count.
+        folder: the output folder of the run; None keeps nothing.
+        fingerprint: of the model and the options; a checkpoint with another one is refused.
         specs: the passes of the run; those that are finished must be the first of them.
 
     """
 
-    folder: Path
+    folder: Path | None
     fingerprint: str
     specs: tuple[str, ...]
 
+    @classmethod
+    def none(cls) -> Checkpoint:
+        """Return a checkpoint that keeps nothing."""
+        return cls(None, "", ())
+
     @property
-    def state(self) -> Path:
-        """The file that says what is kept."""
-        return self.folder / FOLDER / "state.json"
+    def exists(self) -> bool:
+        """Whether a finished pass is kept."""
+        return self.folder is not None and _state(self.folder).exists()
 
     def save(self, program: Program, journal: Journal) -> None:
         """Replace what is kept; a kill at any moment leaves the old or the new."""
-        place = self.folder / FOLDER
+        if self.folder is None:
+            return
+        place = _state(self.folder).parent
         place.mkdir(exist_ok=True)
         name = f"{len(journal.entries):03d}.fxprune"
         serialize.save(program, place / name)
         content = {"fingerprint": self.fingerprint, "program": name, "journal": journal.to_json()}
-        write_text(self.state, json.dumps(content, default=str))
+        write_text(_state(self.folder), json.dumps(content, default=str))
         for old in place.glob("*.fxprune"):
             if old.name != name:
                 old.unlink()
@@ -134,26 +142,44 @@ class Checkpoint:
             InputError: it belongs to another run, or is damaged.
 
         """
-        if not self.state.exists():
+        if self.folder is None or not self.exists:
             return None
-        advice = "run without --resume to start afresh"
+        state, advice = _state(self.folder), "run without --resume to start from the beginning"
         try:
-            content = json.loads(self.state.read_text(encoding="utf-8"))
+            content = json.loads(state.read_text(encoding="utf-8"))
             journal = Journal.from_json(content["journal"])
             finished = tuple(entry.spec for entry in journal.entries)
             same = content["fingerprint"] == self.fingerprint
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"the checkpoint in {self.folder} is damaged; {advice}") from error
         if not same or finished != self.specs[: len(finished)]:
-            what = "the passes before it" if same else "the model, the data or the options"
+            what = "the finished passes" if same else "the model, the data or the options"
             raise InputError(
-                f"the checkpoint in {self.folder} is of another run: {what} have changed; {advice}"
+                f"the checkpoint in {self.folder} belongs to another run: {what} have changed; "
+                f"{advice}"
             )
-        return serialize.load(self.state.parent / content["program"]), journal
+        return serialize.load(state.parent / content["program"]), journal
 
     def drop(self) -> None:
         """Remove what is kept."""
-        shutil.rmtree(self.folder / FOLDER, ignore_errors=True)
+        if self.folder is not None:
+            shutil.rmtree(self.folder / FOLDER, ignore_errors=True)
+
+
+def _state(folder: Path) -> Path:
+    """The file that says what is kept."""
+    return folder / FOLDER / "state.json"
+
+
+@contextmanager
+def resumable(checkpoint: Checkpoint) -> Iterator[None]:
+    """Add to any failure that finished passes are kept."""
+    try:
+        yield
+    except BaseException as error:
+        if checkpoint.exists:
+            error.add_note("finished passes are kept; run again with --resume to continue")
+        raise
 
 
 def fingerprint(program: Program, options: Iterable[object]) -> str:

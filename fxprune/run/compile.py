@@ -1,4 +1,4 @@
-"""The main job: a trained model in, a smaller one out, as ONNX, with a report."""
+"""The main job, from the request to the files: a trained model in, a smaller ONNX model out."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.data.batches import batches
-from fxprune.data.roles import Data, as_data, subset
-from fxprune.errors import InputError
-from fxprune.graph import serialize
-from fxprune.graph.facts import PLAN
+from fxprune.graph.facts import MASKS
 from fxprune.graph.program import Program
-from fxprune.graph.trace import trace
-from fxprune.pipeline.text import Recipe, write_recipe
-from fxprune.report.content import RunReport
-from fxprune.report.html import to_html
-from fxprune.run.checkpoint import Checkpoint
-from fxprune.run.checks import check_data
-from fxprune.run.job import Job, aimed, fingerprint_of
-from fxprune.run.options import Options, attention_of, make_options, resolve
+from fxprune.onnx.export import parity_limit
+from fxprune.onnx.quantized_nodes import is_quantized
+from fxprune.report.content import Check, RunReport
+from fxprune.run.candidates import Measured, measure_candidates, run_passes, select_precision
+from fxprune.run.checkpoint import resumable
+from fxprune.run.checks import (
+    ACCURACY_LIMIT,
+    accuracy_limit,
+    check_masks,
+    check_removal,
+    result_checks,
+)
+from fxprune.run.job import Job, checkpoint_of, make_job, with_searched_targets
+from fxprune.run.options import Options, make_options
 from fxprune.run.output import staged
-from fxprune.run.running import run
-from fxprune.structure.groups import find_groups
+from fxprune.run.reporting import make_report, write_files
+from fxprune.training.evaluate import Evaluation
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gives: the smaller program, the report, and where each file is, by name."""
+    """What a run returns: the smaller program, the report, and where each file is, by name."""
 
     program: Program
     report: RunReport
@@ -50,7 +52,7 @@ def compile(
     out: str | Path | None = None,
     **options: Any,
 ) -> Result:
-    """Compile a model into a smaller one; the model itself is left as it was.
+    """Compile a model into a smaller one; the model itself is not changed.
 
     Args:
         model: the trained model, or a program traced from one.
@@ -67,63 +69,63 @@ def compile(
         FxpruneError: a pass or a check failed.
 
     """
-    asked = make_options(target, **options)
-    pipeline, targets = resolve(asked)
-    samples = None if data is None else as_data(data, seed=asked.seed)
+    return _run(model, example_inputs, data, out, make_options(target, **options))
+
+
+def _run(
+    model: nn.Module | Program,
+    example_inputs: tuple[Any, ...] | None,
+    data: Any,
+    out: str | Path | None,
+    options: Options,
+) -> Result:
+    """Do everything that a compile does, in this order."""
     start = time.perf_counter()
-    with _settings(asked), _folder(out) as folder:
-        with staged(folder) as aside:
-            program = _program(model, example_inputs, samples)
-            if samples is not None:
-                check_data(samples, program)
-                samples = _limited(samples, asked)
-            groups = find_groups(program, attention_of(pipeline))
-            job = aimed(Job(program, groups, samples, pipeline, targets, asked))
-            kept = Checkpoint(folder, fingerprint_of(job), tuple(map(str, job.pipeline)))
-            with _told(kept):
-                small, report = run(job, kept if out else None, aside)
+    with _seeded(options), _output_folder(out) as folder:
+        with staged(folder) as staging:
+            job = with_searched_targets(make_job(model, example_inputs, data, options))
+            checkpoint = checkpoint_of(job, folder if out else None)
+            with resumable(checkpoint), tempfile.TemporaryDirectory(dir=staging) as scratch:
+                checks = _check_before(job)
+                accuracy = job.judge.program(job.dense, "evaluating the dense model")
+                candidates = run_passes(job, checkpoint)
+                measured = measure_candidates(job, candidates, Path(scratch))
+                precision = select_precision(job, measured, accuracy)
+                chosen = measured.kept(precision)
+                chosen.emission.move_to(staging)
+                checks |= _check_after(job, chosen, accuracy, staging / "model.onnx")
+            report = make_report(job, measured, precision, accuracy, checks)
             report = replace(report, seconds=time.perf_counter() - start)
-            serialize.save(small, aside / "model.pt2")
-            (aside / "recipe.toml").write_text(_recipe(job, report), encoding="utf-8")
-            (aside / "report.html").write_text(to_html(report), encoding="utf-8")
-            (aside / "report.json").write_text(report.to_json(), encoding="utf-8")
-            names = sorted(path.name for path in aside.iterdir())
-        kept.drop()
-    return Result(small, report, {name: folder / name for name in names} if out else {})
+            names = write_files(job, chosen.program, report, staging)
+        checkpoint.drop()
+    return Result(chosen.program, report, {name: folder / name for name in names} if out else {})
 
 
-def _program(
-    model: nn.Module | Program, example_inputs: tuple[Any, ...] | None, data: Data | None
-) -> Program:
-    if isinstance(model, Program):
-        return model.copy().eval()
-    if example_inputs is None:
-        if data is None:
-            raise InputError("there are neither data nor example inputs to trace the model with")
-        example_inputs = next(batches(data.calibration, 1)).inputs
-    return trace(model, example_inputs)
+def _check_before(job: Job) -> dict[str, Check]:
+    """Check that removal is exact before anything is removed."""
+    if not job.options.verify:
+        return {"zero_then_remove": Check.skipped("--no-verify was given")}
+    job.options.progress.say("checking that removal is exact (zero-then-remove)")
+    return {"zero_then_remove": check_removal(job.dense, job.groups, job.options.seed)}
 
 
-def _limited(data: Data, options: Options) -> Data:
-    count = options.calibration
-    if count is None or count >= len(data.calibration):
-        return data
-    return replace(data, calibration=subset(data.calibration, count, options.seed))
-
-
-def _recipe(job: Job, report: RunReport) -> str:
-    """Say how to come by the result again, in the form that was kept."""
-    if job.free and report.precision is not None and report.precision.kept == "fp32":
-        job = replace(job, pipeline=job.in_floats)
-    planned = any(PLAN in step.gives for step in job.pipeline)
-    options = job.options.told()
-    if job.targets and not planned:
-        options["target"] = [str(target) for target in job.targets]
-    return write_recipe(Recipe(job.pipeline, options))
+def _check_after(job: Job, chosen: Measured, before: Evaluation, path: Path) -> dict[str, Check]:
+    """Check the file that was chosen against its program and the dense model."""
+    after = job.judge.program(chosen.program, "evaluating the small model")
+    program = chosen.program.to("cpu").eval()
+    in_file = chosen.accuracy
+    limit = accuracy_limit(chosen.checks) if is_quantized(program) else ACCURACY_LIMIT
+    checks = result_checks(
+        chosen.emission.export, before, after, in_file, job.options.max_drop,
+        parity_limit(program), limit,
+    )  # fmt: skip
+    masks = {"masks": check_masks(program, path)} if MASKS.name in program.facts else {}
+    return {**checks, **masks, **chosen.checks}
 
 
 @contextmanager
-def _folder(out: str | Path | None) -> Iterator[Path]:
+def _output_folder(out: str | Path | None) -> Iterator[Path]:
+    """Yield the folder for the results; a temporary one if none is given."""
     if out is not None:
         yield Path(out)
         return
@@ -132,19 +134,8 @@ def _folder(out: str | Path | None) -> Iterator[Path]:
 
 
 @contextmanager
-def _told(kept: Checkpoint) -> Iterator[None]:
-    """Add to any failure that finished passes are kept."""
-    try:
-        yield
-    except BaseException as error:
-        if kept.state.exists():
-            error.add_note("finished passes are kept; run again with --resume to go on from there")
-        raise
-
-
-@contextmanager
-def _settings(options: Options) -> Iterator[None]:
-    """Seed PyTorch and set its threads for the run, and put both back."""
+def _seeded(options: Options) -> Iterator[None]:
+    """Seed PyTorch and set its threads for the run, and restore both afterwards."""
     threads = torch.get_num_threads()
     cuda = options.device.startswith("cuda")
     with torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else []):

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from fxprune.data.roles import Data
+from torch import nn
+
+from fxprune.data.batches import batches
+from fxprune.data.roles import Data, as_data, subset
+from fxprune.errors import InputError
 from fxprune.graph.facts import CONVERTED, OBSERVED, PLAN
 from fxprune.graph.program import Program
+from fxprune.graph.trace import trace
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.driver import Pipeline
 from fxprune.planning.budget import Target
 from fxprune.planning.search import Limits, Trial, budgeted, search, winner
-from fxprune.run.checkpoint import fingerprint
+from fxprune.run.checkpoint import Checkpoint, fingerprint
+from fxprune.run.checks import check_data
 from fxprune.run.measure import Judge
-from fxprune.run.options import Options
-from fxprune.structure.groups import Group
+from fxprune.run.options import Options, attention_of, resolve
+from fxprune.structure.groups import Group, find_groups
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run works on: the dense program, where it began, and what is asked of it.
+    """What a run works on: the dense program, its data, and what is asked of it.
 
-    ``trials`` are those of the search that found the targets, if there was one.
+    ``trials`` are those of the search for targets, if there was one.
     """
 
     dense: Program
@@ -51,21 +59,62 @@ class Job:
         )  # fmt: skip
 
     @property
-    def in_floats(self) -> Pipeline:
-        """The passes before those that bring in codes; all of them, if none do."""
+    def fp32_pipeline(self) -> Pipeline:
+        """The passes before those that quantize; all of them if none does."""
         steps = self.pipeline.passes
         converts = [n for n, step in enumerate(steps) if CONVERTED in step.gives]
         starts = [n for n, step in enumerate(steps) if OBSERVED in step.gives]
         return Pipeline(steps[: starts[0]]) if starts and converts else self.pipeline
 
     @property
-    def free(self) -> bool:
-        """Whether codes are kept only where they turn out better than floats."""
+    def choose_precision(self) -> bool:
+        """Whether INT8 is kept only if it turns out better than FP32."""
         return self.options.int8 is None and self.options.pipeline is None
 
 
-def aimed(job: Job) -> Job:
-    """Search for the budget of a job that plans and has only a limit on the accuracy lost."""
+def make_job(
+    model: nn.Module | Program,
+    example_inputs: tuple[Any, ...] | None,
+    data: Any,
+    options: Options,
+) -> Job:
+    """Trace the model, check that the data suits it, and find what can be removed.
+
+    Raises:
+        InputError: the options contradict each other, or the data does not suit the model.
+
+    """
+    pipeline, targets = resolve(options)
+    samples = None if data is None else as_data(data, seed=options.seed)
+    program = _program(model, example_inputs, samples)
+    if samples is not None:
+        check_data(samples, program)
+        samples = _limited(samples, options)
+    groups = find_groups(program, attention_of(pipeline))
+    return Job(program, groups, samples, pipeline, targets, options)
+
+
+def _program(
+    model: nn.Module | Program, example_inputs: tuple[Any, ...] | None, data: Data | None
+) -> Program:
+    if isinstance(model, Program):
+        return model.copy().eval()
+    if example_inputs is None:
+        if data is None:
+            raise InputError("there are neither data nor example inputs to trace the model with")
+        example_inputs = next(batches(data.calibration, 1)).inputs
+    return trace(model, example_inputs)
+
+
+def _limited(data: Data, options: Options) -> Data:
+    count = options.calibration
+    if count is None or count >= len(data.calibration):
+        return data
+    return replace(data, calibration=subset(data.calibration, count, options.seed))
+
+
+def with_searched_targets(job: Job) -> Job:
+    """Search for the targets of a job that plans and has only a limit on the accuracy lost."""
     drop = job.options.max_drop
     plans = any(PLAN in step.gives for step in job.pipeline)
     if drop is None or job.targets or not plans:
@@ -77,15 +126,16 @@ def aimed(job: Job) -> Job:
     def accuracy(program: Program) -> float | None:
         return job.judge.program(program, "evaluating").accuracy
 
-    pipeline = job.in_floats if job.free else job.pipeline
+    pipeline = job.fp32_pipeline if job.choose_precision else job.pipeline
     trials = search(dense, pipeline, job.context, accuracy, allowed)
     target = Target.parse(winner(trials, allowed).target)
     steps = tuple(budgeted(step, target) for step in job.pipeline)
     return replace(job, pipeline=Pipeline(steps), targets=(target,), trials=trials)
 
 
-def fingerprint_of(job: Job) -> str:
-    """Return a hash of all that a checkpoint depends on, the passes aside."""
+def checkpoint_of(job: Job, folder: Path | None) -> Checkpoint:
+    """Return where the job keeps finished passes, in its output folder; nowhere without one."""
     sizes = [f"{role}={len(samples)}" for role, samples in job.data.roles()] if job.data else []
     options = (job.options.seed, job.options.device, job.options.batch_size, *sizes)
-    return fingerprint(job.dense, options)
+    given = "" if folder is None else fingerprint(job.dense, options)
+    return Checkpoint(folder, given, tuple(map(str, job.pipeline)))

@@ -88,6 +88,11 @@ class Emission:
         """The tenth percentile, median and ninetieth percentile of the ratio of latencies."""
         return self.latency.speedup_p10, self.latency.speedup, self.latency.speedup_p90
 
+    def move_to(self, folder: Path) -> None:
+        """Move the file, and those beside it, into a folder."""
+        for part in self.path.parent.iterdir():
+            part.replace(folder / part.name)
+
 
 def emit(
     programs: Mapping[str, Program], folder: Path, threads: int = 1, seconds: float = 2.0

@@ -62,8 +62,8 @@ class Options:
 
     """
 
-    # What a recipe's [run] may say.
-    TOLD: ClassVar[tuple[str, ...]] = (
+    # Those that a recipe's [run] may set.
+    RECIPE_FIELDS: ClassVar[tuple[str, ...]] = (
         "max_drop", "calibration", "batch_size", "seed", "device", "threads", "verify",
     )  # fmt: skip
 
@@ -99,11 +99,13 @@ class Options:
             reason = str(error).splitlines()[0]
             raise InputError(f"the device '{self.device}' cannot be used: {reason}") from error
 
-    def told(self) -> dict[str, Any]:
-        """Return what a recipe's ``[run]`` says: everything that is not a default."""
+    def recipe_fields(self) -> dict[str, Any]:
+        """Return what a recipe's ``[run]`` sets: everything that is not a default."""
         defaults = {option.name: option.default for option in fields(self)}
         changed = {
-            name: value for name in self.TOLD if (value := getattr(self, name)) != defaults[name]
+            name: value
+            for name in self.RECIPE_FIELDS
+            if (value := getattr(self, name)) != defaults[name]
         }
         return {**self.origin, **changed}
 

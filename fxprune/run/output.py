@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: they are written aside, then renamed."""
+"""Files that appear whole or not at all: they are written in a staging folder, then renamed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fxprune.errors import InputError
 
-ASIDE = ".fxprune-partial"
+STAGING = ".fxprune-partial"
 
 
 def prepare(folder: Path) -> Path:
@@ -21,7 +21,7 @@ def prepare(folder: Path) -> Path:
 
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    probe = folder / f"{ASIDE}-probe"
+    probe = folder / f"{STAGING}-probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -67,30 +67,30 @@ def staged(folder: Path) -> Iterator[Path]:
 
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    aside = prepare(folder) / ASIDE
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
-    aside.mkdir()
+    staging = prepare(folder) / STAGING
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    staging.mkdir()
     try:
-        yield aside
-        files = sorted(aside.iterdir(), key=lambda path: (path.name == "report.json", path.name))
+        yield staging
+        files = sorted(staging.iterdir(), key=lambda path: (path.name == "report.json", path.name))
         for path in files:
             _sync(path)
         for path in files:
             path.replace(folder / path.name)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         drop_empty(made)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place, then rename it into place."""
-    aside = path.with_name(f"{ASIDE}-{path.name}")
+    staging = path.with_name(f"{STAGING}-{path.name}")
     try:
-        aside.write_text(text, encoding="utf-8")
-        _sync(aside)
-        aside.replace(path)
+        staging.write_text(text, encoding="utf-8")
+        _sync(staging)
+        staging.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        staging.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

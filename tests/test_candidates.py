@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from fxprune.onnx.quantized_nodes import is_quantized
 from fxprune.passes import TrainQuantized
 from fxprune.pipeline.contract import Outcome
 from fxprune.pipeline.progress import Tracker
-from fxprune.run.candidates import Forms, choose
+from fxprune.report.content import Check
+from fxprune.report.precision import Precision
+from fxprune.run.candidates import Measured, Measurements, choose
 from fxprune.run.compile import Result
 from fxprune.run.measure import Emission, emit
 from fxprune.training.evaluate import Evaluation
 
-MADE: Any = object()  # stands for a program
+PROGRAM: Any = object()  # nothing looks at it
+JOURNAL: Any = object()
 QUICK: dict[str, Any] = {
     "latency_seconds": 0.02,
     "verify": False,
@@ -36,52 +40,62 @@ def emission(speedup: float) -> Emission:
     return Emission(Path("model.onnx"), ExportCheck(0.0, int(100 / speedup)), latency)
 
 
+def measured(pace: float, accuracy: float, checks: Mapping[str, Check] | None = None) -> Measured:
+    return Measured(PROGRAM, JOURNAL, emission(pace), Evaluation(accuracy, 1000), checks or {})
+
+
 def chosen(
     pace: float = 2.0, accuracy: float = 0.9, *, free: bool = True, failed: tuple[str, ...] = (),
-    least: float | None = None,
-) -> Any:  # fmt: skip
-    emitted = {"fp32": emission(1.0), "int8": emission(pace)}
-    judged = {"fp32": Evaluation(0.9, 1000), "int8": Evaluation(accuracy, 1000)}
-    return choose(Forms(MADE, MADE, free=free), emitted, judged, failed, least)
+    lowest: float | None = None,
+) -> Precision:  # fmt: skip
+    checks = {name: Check.of(1, 0) for name in failed}
+    both = {"fp32": measured(1.0, 0.9), "int8": measured(pace, accuracy, checks)}
+    found = choose(Measurements(emission(1.0), both), free=free, min_accuracy=lowest)  # type: ignore[arg-type]
+    assert found is not None
+    return found
 
 
-def test_codes_are_kept_where_they_are_faster_and_as_good() -> None:
+def test_int8_is_kept_if_it_is_faster_and_as_accurate() -> None:
     found = chosen()
     assert (found.kept, found.why, found.speedup) == ("int8", "2.00x as fast as FP32", 2.0)
     assert found.summary == (
-        "precision: INT8, 2.00x as fast as FP32 "
-        "(INT8 against FP32: 0.500 against 1.000 ms, 50 against 100 bytes, 90.00 against 90.00 %)"
+        "kept INT8: 2.00x as fast as FP32 "
+        "(INT8 and FP32: 0.500 and 1.000 ms, 50 and 100 bytes, 90.00 and 90.00 %)"
     )
 
 
 @pytest.mark.parametrize(
     ("found", "why"),
     [
-        (chosen(0.8), "for INT8 is not faster than FP32 (0.80x)"),
-        (chosen(accuracy=0.89), "for INT8 loses 1.00 points more (2.00x)"),
-        (chosen(accuracy=0.897, least=0.899), "loses 0.30 points more, beyond max-drop (2.00x)"),
-        (chosen(failed=("int8_fused",)), "for INT8 failed the checks int8_fus"),
+        (chosen(0.8), "INT8 is not faster than FP32 (0.80x)"),
+        (chosen(accuracy=0.89), "INT8 loses 1.00 percentage points of accuracy more"),
+        (
+            chosen(accuracy=0.897, lowest=0.899),
+            "INT8 loses 0.30 percentage points of accuracy more, beyond max-drop",
+        ),
+        (chosen(failed=("int8_fused",)), "INT8 failed the check int8_fused"),
     ],
 )
-def test_floats_are_kept_where_codes_are_worse(found: Any, why: str) -> None:
-    assert found.kept == "fp32"
-    assert why in found.why
+def test_fp32_is_kept_if_int8_is_worse(found: Precision, why: str) -> None:
+    assert (found.kept, found.why) == ("fp32", why)
 
 
-def test_codes_that_were_asked_for_are_kept_and_their_slowness_is_told() -> None:
+def test_int8_that_was_asked_for_is_kept_and_its_slowness_is_reported() -> None:
     found = chosen(0.8, accuracy=0.5, free=False)
-    assert (found.kept, found.why) == ("int8", "although it is NOT FASTER: 0.80x as fast as FP32")
+    assert found.kept == "int8"
+    assert found.why == "as asked, although INT8 is not faster than FP32 (0.80x)"
 
 
-def test_without_floats_to_compare_with_that_is_told() -> None:
-    found = choose(Forms(None, MADE), {"int8": emission(2.0)}, {"int8": Evaluation(0.9)}, (), None)
+def test_without_fp32_there_is_no_comparison() -> None:
+    alone = Measurements(emission(1.0), {"int8": measured(2.0, 0.9)})
+    found = choose(alone, free=True, min_accuracy=None)
     assert found is not None
     assert (found.kept, found.fp32) == ("int8", None)
     assert "resumed" in found.summary
 
 
 def compiled(model: nn.Module, monkeypatch: pytest.MonkeyPatch, pace: float, **more: Any) -> Result:
-    """Compile with the default pipeline, codes being so many times as fast."""
+    """Compile with the default pipeline, INT8 being so many times as fast."""
     real = emit
 
     def hurried(programs: dict[str, Program], *rest: Any) -> dict[str, Emission]:
@@ -101,7 +115,7 @@ def compiled(model: nn.Module, monkeypatch: pytest.MonkeyPatch, pace: float, **m
 
 
 @pytest.mark.parametrize(("pace", "kept"), [(2.0, "int8"), (0.5, "fp32")])
-def test_the_faster_form_is_written(
+def test_the_faster_precision_is_written(
     pace: float, kept: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     result = compiled(Shortcuts(), monkeypatch, pace, out=tmp_path)
@@ -121,19 +135,19 @@ def test_the_faster_form_is_written(
     assert precision.summary in (tmp_path / "report.html").read_text()
 
 
-def test_codes_that_cannot_be_had_leave_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_is_kept_if_int8_conversion_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Outcome:
         raise InputError("no such luck")
 
     monkeypatch.setattr(TrainQuantized, "run", fail)
     precision = compiled(Shortcuts(), monkeypatch, 2.0).report.precision
     assert precision is not None
-    assert precision.summary == "precision: FP32, for INT8 cannot be had: no such luck"
+    assert precision.summary == "kept FP32: INT8 conversion failed: no such luck"
     with pytest.raises(InputError, match="no such luck"):
         compiled(Shortcuts(), monkeypatch, 2.0, int8=True)
 
 
-def test_a_model_without_layers_to_quantise_stays_in_floats(
+def test_a_model_without_layers_to_quantize_stays_fp32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Scaled(nn.Module):
@@ -147,10 +161,10 @@ def test_a_model_without_layers_to_quantise_stays_in_floats(
 
     precision = compiled(Scaled(), monkeypatch, 2.0, target="params=75%").report.precision
     assert precision is not None
-    assert precision.summary == "precision: FP32, for nothing in this model can be quantised"
+    assert precision.summary == "kept FP32: no layer of this model can be quantized"
 
 
-def test_floats_that_were_asked_for_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_that_was_asked_for_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     result = compiled(Shortcuts(), monkeypatch, 2.0, int8=False)
     assert result.report.precision is None
     assert not is_quantized(result.program)

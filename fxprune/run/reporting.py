@@ -1,0 +1,127 @@
+"""What a finished run leaves: its report, and the files of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from fxprune.graph import serialize
+from fxprune.graph.facts import PLAN
+from fxprune.graph.program import Program
+from fxprune.pipeline.text import Recipe, write_recipe
+from fxprune.report.content import (
+    Check,
+    GroupEntry,
+    Measures,
+    RunReport,
+    TargetEntry,
+    environment,
+)
+from fxprune.report.html import to_html
+from fxprune.report.precision import Precision
+from fxprune.run.candidates import Measurements
+from fxprune.run.checkpoint import Journal
+from fxprune.run.job import Job
+from fxprune.run.measure import measures
+from fxprune.structure.groups import Group
+from fxprune.training.evaluate import Evaluation
+
+MAX_UNMENTIONED_LOSS = 0.05  # of accuracy, where no limit was given
+
+
+def make_report(
+    job: Job,
+    measured: Measurements,
+    precision: Precision | None,
+    accuracy: Evaluation,
+    checks: Mapping[str, Check],
+) -> RunReport:
+    """Put together what a run found; ``accuracy`` is the dense model's."""
+    chosen, options = measured.kept(precision), job.options
+    before = measures(job.dense, measured.dense, accuracy)
+    after = measures(chosen.program, chosen.emission, chosen.accuracy)
+    journal = chosen.journal
+    return RunReport(
+        before,
+        after,
+        _targets(job, journal, before, after),
+        tuple(journal.entries),
+        checks,
+        tuple(_group(group, journal, chosen.program) for group in job.groups),
+        environment(options.device, options.seed, options.threads or 1),
+        (*_notes(job, journal, accuracy), *_loss(job, accuracy, chosen.accuracy)),
+        journal.curves,
+        chosen.emission.speedup,
+        trials=job.trials,
+        precision=precision,
+    )
+
+
+def _targets(
+    job: Job, journal: Journal, before: Measures, after: Measures
+) -> tuple[TargetEntry, ...]:
+    """Compare the result with the targets, and with what the last plan predicted."""
+    details = [entry.outcome.details or {} for entry in journal.entries]
+    plans = [one["predicted"] for one in details if "predicted" in one]
+    predicted = plans[-1] if plans else {}
+    return tuple(
+        TargetEntry.of(target, before, after, predicted.get(target.quantity))
+        for target in job.targets
+    )
+
+
+def _group(group: Group, journal: Journal, small: Program) -> GroupEntry:
+    """Say what became of a group; all of it is removed if its layers are no longer there."""
+    left = small.graph_module.state_dict()
+    stored = [slot.tensor for slot in group.slots if not slot.tensor.startswith("node:")]
+    removed = journal.removed.get(group.name, 0)
+    if group.frozen_because is None and not any(name in left for name in stored):
+        removed = len(group.units)
+    return GroupEntry(
+        group.name,
+        tuple(map(str, group.slots)),
+        len(group.units),
+        removed,
+        journal.implanted.get(group.name, 0),
+        group.frozen_because,
+    )
+
+
+def _notes(job: Job, journal: Journal, before: Evaluation) -> tuple[str, ...]:
+    notes = list(job.data.notes) if job.data else []
+    notes += [before.note] if before.note else []
+    for entry in journal.entries:
+        notes += (entry.outcome.details or {}).get("notes", [])
+    return tuple(notes)
+
+
+def _loss(job: Job, before: Evaluation, after: Evaluation) -> Iterator[str]:
+    """Say so if much accuracy was lost and no limit was given."""
+    if job.options.max_drop is not None or before.accuracy is None or after.accuracy is None:
+        return
+    lost = before.accuracy - after.accuracy
+    if lost > MAX_UNMENTIONED_LOSS:
+        yield (
+            f"accuracy fell by {100 * lost:.1f} points: use a milder --target, fine-tune with "
+            "--epochs N, or set a limit with --max-drop"
+        )
+
+
+def write_files(job: Job, program: Program, report: RunReport, folder: Path) -> list[str]:
+    """Write the program, the recipe and the report beside model.onnx; returns all names."""
+    serialize.save(program, folder / "model.pt2")
+    (folder / "recipe.toml").write_text(_recipe(job, report), encoding="utf-8")
+    (folder / "report.html").write_text(to_html(report), encoding="utf-8")
+    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _recipe(job: Job, report: RunReport) -> str:
+    """Write how to get the result again, in the precision that was kept."""
+    if job.choose_precision and report.precision is not None and report.precision.kept == "fp32":
+        job = replace(job, pipeline=job.fp32_pipeline)
+    options = job.options.recipe_fields()
+    if job.targets and not any(PLAN in step.gives for step in job.pipeline):
+        options["target"] = [str(target) for target in job.targets]
+    return write_recipe(Recipe(job.pipeline, options))
