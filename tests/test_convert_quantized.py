@@ -110,6 +110,31 @@ def test_moves_work_on_codes() -> None:
     assert len(kinds) >= 5
 
 
+@pytest.mark.parametrize("inside", [True, False], ids=["in the model", "from the data"])
+def test_pools_between_codes_take_channels_last_values(inside: bool, tmp_path: Path) -> None:
+    """PyTorch pools 8-bit integers of that memory format only where maps are tiny."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.contiguous(memory_format=torch.channels_last) if inside else x
+            return self.last(nn.functional.max_pool2d(self.first(x).relu(), 3, 2, 1)).mean((2, 3))  # type: ignore[no-any-return]
+
+    x = torch.randn(24, 3, 24, 24).contiguous(memory_format=torch.channels_last)
+    program = trace(Pooled(), x[:2])
+    context = Context(Data(Arrays(x)), dense=program.copy())
+    for step in (InsertObservers(), TrainQuantized(samples=24), ConvertQuantized()):
+        step(program, context)
+    pool = next(node for node in program.graph.nodes if "max_pool2d" in str(node.target))
+    assert pool.meta["val"].dtype == torch.uint8
+    with torch.no_grad():
+        assert torch.equal(program(x), program(x.contiguous()))
+    assert export_onnx(program, tmp_path / "m.onnx").parity == pytest.approx(0, abs=0.1)
+
+
 def test_a_converted_program_survives_saving(tmp_path: Path) -> None:
     program, _ = converted()
     fxprune.save(program, tmp_path / "model.pt2")

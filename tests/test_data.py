@@ -125,3 +125,10 @@ class Stream(IterableDataset[Any]):
 def test_what_is_no_data_is_told(source: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         as_data(source)
+
+
+def test_batches_are_laid_out_by_rows() -> None:
+    images = torch.zeros(4, 6, 6, 3).permute(0, 3, 1, 2)
+    for dataset in (images, list(images), TensorDataset(images)):
+        (batch,) = batches(as_data({"train": dataset}).calibration, 8)
+        assert batch.inputs[0].is_contiguous()

@@ -291,3 +291,64 @@ def test_the_settings_of_the_paper() -> None:
         paper(program, context)
     with pytest.raises(InputError, match="lookahead=20"):
         Reconstruct(solver="paper")(program, context)
+
+
+class Scaled(nn.Module):
+    """A channel attention whose gate has one derivative, and PyTorch a decomposition of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = (nn.Conv2d(4, 4, 1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        return self.last(x * F.hardsigmoid(self.gate(x.mean((2, 3), keepdim=True))))  # type: ignore[no-any-return]
+
+
+def test_looks_past_operators_without_a_second_derivative() -> None:
+    program, context = given(Scaled())
+    removed(program, "first.weight", [1])
+    fitted = program.copy()
+    fitted.eval()
+    Reconstruct(batch_size=64)(fitted, context)
+    outcome = Reconstruct(batch_size=64, lookahead=6)(program, context)
+    assert not outcome.skips
+    assert apart(program, context) < apart(fitted, context)
+    assert outcome.details is not None
+    steps = {
+        layer["layer"]: layer["cg_steps"] for layer in outcome.details["lookahead"][0]["layers"]
+    }
+    assert steps["first.weight"] > 0
+
+
+@torch.library.custom_op("fxprune_tests::halved", mutates_args=())
+def halved(x: Tensor) -> Tensor:
+    """Half of a tensor, without any derivative."""
+    return x / 2
+
+
+@halved.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Halved(nn.Module):
+    """A layer before an operator without a derivative, and one behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(halved(F.relu(self.first(x))))  # type: ignore[no-any-return]
+
+
+def test_declines_where_a_derivative_is_missing() -> None:
+    program, context = given(Halved(), torch.randn(64, 6))
+    with torch.no_grad():
+        program.tensor("last.bias").add_(1.0)  # something to put right
+    outcome = Reconstruct(batch_size=16, lookahead=4)(program, context)
+    assert {(skip.node, "derivative" in skip.reason) for skip in outcome.skips} == {
+        ("linear", True)
+    }
+    assert apart(program, context, torch.randn(64, 6)) < 1e-6

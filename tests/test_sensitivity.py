@@ -218,3 +218,36 @@ def test_probes_that_are_not_finite_are_dropped_and_all_lost_is_an_error() -> No
 def test_unknown_options_are_named() -> None:
     with pytest.raises(InputError, match="criterion is 'hessian'; it may be hessian-trace"):
         Settings("hessian")  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("fxprune_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    """Twice a tensor, without any derivative."""
+    return x * 2
+
+
+@doubled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Doubled(nn.Module):
+    """Two layers before an operator without a derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return doubled(self.last(self.first(x).relu()))  # type: ignore[no-any-return]
+
+
+def test_an_operator_without_a_derivative_is_worked_around_and_named() -> None:
+    x = torch.randn(16, 6)
+    program = trace(Doubled().eval(), (x[:2],))
+    groups, there = find_groups(program), Context(Data(Arrays(x)))
+    found, layout, _ = measure(program, groups, Settings("output-shift"), there)
+    expected, _, _ = measure(program, groups, Settings("activation"), there)
+    assert "no derivative" in str(found.details["note"])
+    assert "doubled" in str(found.details["note"])
+    assert torch.equal(layout.joined(found.scores), layout.joined(expected.scores))

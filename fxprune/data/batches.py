@@ -50,7 +50,7 @@ def batches(
         indices = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     for chosen in indices[:limit].split(batch_size):
         collated = pytree.tree_map_only(
-            Tensor, lambda tensor: tensor.to(device), _gather(dataset, chosen)
+            Tensor, lambda tensor: tensor.to(device).contiguous(), _gather(dataset, chosen)
         )
         yield _as_batch(collated)
 

@@ -37,7 +37,7 @@ class Scaling:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Turn uint8 (n, h, w, c) into float32 (n, c, h, w)."""
-        images = pixels.permute(0, 3, 1, 2).to(torch.float32) / 255
+        images = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255
         mean, std = self.constants(images.shape[1])
         return (images - _per_channel(mean, images)) / _per_channel(std, images)
 

@@ -132,10 +132,18 @@ def _sink(program: Program) -> None:
             node.replace_input_with(item, cast(fx.Node, item.args[0]))
         if packet_of(node) in (aten.pad, aten.constant_pad_nd):
             _pad_with(node, int(_tensor(program, zero)))
+        if packet_of(node) is aten.max_pool2d:
+            _lay_out_by_rows(program, node)
         new = insert_call(program, node.next, DEQUANTIZE, (node, scale, zero, axis))
         for user in list(node.users):
             if user is not new:
                 user.replace_input_with(node, new)
+
+
+def _lay_out_by_rows(program: Program, pool: fx.Node) -> None:
+    """Make a pool's input contiguous: PyTorch pools 8-bit integers in no other memory format."""
+    codes = cast(fx.Node, pool.args[0])
+    pool.replace_input_with(codes, insert_call(program, pool, aten.contiguous.default, (codes,)))
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from fxprune.calibration.least_squares import MOST_FEATURES
 from fxprune.graph.facts import MASKS, REMOVED
 from fxprune.graph.program import Program
 from fxprune.host import peak_memory
+from fxprune.reconstruction.derivatives import Linearisable
 from fxprune.reconstruction.footprint import per_sample
 from fxprune.reconstruction.incremental_run import Store, Values, Walk
 from fxprune.reconstruction.layer_solvers import Settings, Site, descend, refit, restrict
@@ -163,6 +164,7 @@ def _plan(
     raw = settings.solver == "paper"
     named = {node.name: node for node in dense.graph.nodes}
     problems, declined = [], []
+    derivatives = Linearisable(program, settings.curvature)
     for layer in layers(program):
         if chosen is not None and not chosen(layer.weight):
             continue
@@ -176,5 +178,12 @@ def _plan(
             reason = "the dense program has no value that its own could be compared with"
             declined.append(Declined(layer.node.name, reason))
         else:
+            obstacle = None
+            if lookahead:
+                region, obstacle = derivatives.form(region)
+            if obstacle is not None:
+                reason = f"no look ahead from here, since a derivative is missing: {obstacle}"
+                declined.append(Declined(layer.node.name, reason))
+                continue
             problems.append(_Problem(region, tuple(named[node.name] for node in region.outputs)))
     return tuple(problems), tuple(declined)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from fxprune.graph.program import Program
-from fxprune.reconstruction.incremental_run import Values
-from fxprune.reconstruction.lookahead import Curvature, Lookahead, variables
+from fxprune.reconstruction.derivatives import without_data
+from fxprune.reconstruction.lookahead import Curvature, Lookahead
 from fxprune.reconstruction.region import Region
 
 MARGIN = 2.5  # over what is kept, for what products with it and the allocator need besides
@@ -45,25 +43,11 @@ def _bytes(program: Program, region: Region, curvature: Curvature | None) -> int
     values = {node: node.meta.get("val") for node in region.nodes}
     if curvature is None:
         return 2 * sum(value.nbytes for value in values.values() if isinstance(value, Tensor))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        sources = {source for node in region.nodes for source in node.all_input_nodes}
-        stored = {
-            str(node.target): torch.empty_like(program.tensor(str(node.target)))
-            for node in sources if node.op == "get_attr"
-        }  # fmt: skip
-        frontier = {
-            node: _empty(node) for node in sources - set(values) if node.op != "get_attr"
-        }  # fmt: skip
-        wanted = [_empty(node) for node in region.outputs]
-        return _kept(program, region, curvature, (frontier, wanted), stored)
+    with without_data(program, region) as (task, point):
+        return _kept(task, point, curvature)
 
 
-def _kept(
-    program: Program, region: Region, curvature: Curvature, batch: tuple[Values, list[Tensor]],
-    stored: dict[str, Tensor],
-) -> int:  # fmt: skip
-    names = variables(program, region)
-    task = Lookahead(program, region, names, (None,) * len(names), lambda _: batch, stored)
+def _kept(task: Lookahead, point: tuple[Tensor, ...], curvature: Curvature) -> int:
     seen: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -71,19 +55,15 @@ def _kept(
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        product = task.product(0, tuple(stored[name] for name in names), curvature)
+        product = task.product(0, point, curvature)
+    batch = task.batch(0)
     held = pytree.tree_leaves([list(batch[0].values()), batch[1]])
     for tensor in held:
         if isinstance(tensor, Tensor):
             keep(tensor)
-    weights = {tensor.untyped_storage()._cdata for tensor in stored.values()}
+    weights = {tensor.untyped_storage()._cdata for tensor in task.fixed.values()}
     found = sum(
         tensor.untyped_storage().nbytes() for key, tensor in seen.items() if key not in weights
     )
     del product  # what has been counted lived until here
     return found
-
-
-def _empty(node: fx.Node) -> Any:
-    value = node.meta.get("val")
-    return torch.empty_like(value) if isinstance(value, Tensor) else value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -94,8 +94,20 @@ class Store(AbstractContextManager["Store"]):
             self._files.pop(key)[0].unlink()
 
 
-def compute(program: Program, node: fx.Node, values: Values, given: Mapping[str, Tensor]) -> Any:
-    """Return a node's value; ``given`` stands for stored tensors by name."""
+def compute(
+    program: Program, node: fx.Node, values: Values, given: Mapping[str, Tensor],
+    form: Callable[..., Any] | None = None,
+) -> Any:  # fmt: skip
+    """Return a node's value.
+
+    Args:
+        program: what the node is part of.
+        node: stored tensors among its inputs are read from the program.
+        values: those of its other inputs.
+        given: stands for stored tensors by name.
+        form: what is called instead of the node's operator; None for that.
+
+    """
 
     def value(argument: fx.Node) -> Any:
         if argument in values:
@@ -108,8 +120,9 @@ def compute(program: Program, node: fx.Node, values: Values, given: Mapping[str,
             return given[name]
         owner, leaf = owner_of(program.graph_module, name)
         return getattr(owner, leaf)
-    assert callable(node.target), f"{node.name} is not a call"
-    return node.target(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
+    call = form or node.target
+    assert callable(call), f"{node.name} is not a call"
+    return call(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
 
 
 class Walk:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,18 +43,20 @@ class Region:
         layer: where it begins.
         nodes: what has to run, in graph order.
         outputs: what is to stay as in the dense program, in graph order.
+        forms: what is called instead of a node's operator, which has too few derivatives.
 
     """
 
     layer: Layer
     nodes: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    forms: Mapping[fx.Node, Callable[..., Any]] = field(default_factory=dict)
 
     def run(self, program: Program, frontier: Values, given: Mapping[str, Tensor]) -> Values:
         """Return the frontier and what the region makes of it, with other stored tensors."""
         values = dict(frontier)
         for node in self.nodes:
-            values[node] = compute(program, node, values, given)
+            values[node] = compute(program, node, values, given, self.forms.get(node))
         return values
 
 
@@ -200,13 +202,17 @@ def _following(layer: Layer, lookahead: int) -> list[fx.Node]:
             continue
         below.add(node)
         moves = packet_of(node) in MOVES or node.target is operator.getitem
-        if moves or not isinstance(node.meta.get("val"), Tensor):
+        if moves or not _has_slopes(node.meta.get("val")):
             continue
         found.append(node)
         beyond += not calls
         if beyond >= lookahead:
             break
     return [node for node in (layer.node, *_onwards(layer.node)) if node in found]
+
+
+def _has_slopes(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _normed(node: fx.Node) -> fx.Node:

@@ -171,13 +171,21 @@ def differentiable(precision: Precision, device: str) -> Iterator[None]:
         yield
 
 
+def lacks_derivative(error: Exception) -> bool:
+    """Return whether PyTorch raised an error because an operator has no derivative."""
+    text = str(error)
+    return ("derivative" in text and "not implemented" in text) or any(
+        words in text for words in ("no autograd formula", "does not require grad")
+    )
+
+
 @contextmanager
 def explained(criterion: str) -> Iterator[None]:
     """Say what to do where an operator of the model has no second derivative."""
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
-        if "derivative" not in str(error) or "not implemented" not in str(error):
+        if not lacks_derivative(error):
             raise
         raise FxpruneError(
             f"{criterion} needs second derivatives, and an operator of the model has none: "

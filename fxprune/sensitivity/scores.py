@@ -14,13 +14,14 @@ from fxprune.pipeline.context import Context
 from fxprune.sensitivity.gate_scores import GateProbes
 from fxprune.sensitivity.gates import GatedProgram
 from fxprune.sensitivity.heuristics import activation, magnitude, norm_scale, without
-from fxprune.sensitivity.model import traced_output
+from fxprune.sensitivity.model import lacks_derivative, traced_output
 from fxprune.sensitivity.running_stats import Tally, misplaced
 from fxprune.sensitivity.task import Criterion, Details, Measured, Settings, Task
 from fxprune.sensitivity.traces import trace_scores
 from fxprune.sensitivity.units import UnitLayout
 from fxprune.structure.groups import Group
 
+_BY_GATES = ("taylor", "fisher", "gauss-newton", "output-shift")  # from first derivatives
 __all__ = ["Criterion", "Settings", "measure"]
 
 
@@ -37,7 +38,8 @@ def measure(
 
     Returns:
         The scores, the layout of the units, and the groups without a score, with the reason. Where
-        ``gauss-newton`` cannot be had, the nearest criterion that can; its details say why.
+        ``gauss-newton`` does not apply, or an operator has no derivative, the scores are those of
+        the nearest criterion that applies; the details say why.
 
     Raises:
         InputError: the criterion cannot be had for this loss, data or precision.
@@ -49,15 +51,24 @@ def measure(
         return Sensitivity(settings.criterion, {}), layout, {}
     work = program.copy().eval().to(context.device)
     task = Task(work, layout, settings, context)
+    asked = settings.criterion
     nearest, why = _nearest(task)
     settings = replace(settings, criterion=nearest)
-    measured = _measure(replace(task, settings=settings))
+    try:
+        measured = _measure(replace(task, settings=settings))
+    except (RuntimeError, NotImplementedError) as error:
+        if settings.criterion not in _BY_GATES or not lacks_derivative(error):
+            raise
+        nearest = "activation"
+        why = f"an operator of the model has no derivative: {str(error).splitlines()[0]}"
+        measured = _measure(replace(task, settings=replace(settings, criterion=nearest)))
     skipped = measured.skipped or {}
     parts = layout.split(measured.scores)
     errors = {} if measured.errors is None else layout.split(measured.errors)
     details: Details = {"units": len(layout), **(measured.details or {})}
     if why is not None:
-        details |= {"criterion": nearest, "note": f"{nearest} instead of gauss-newton: {why}"}
+        note = f"{nearest} instead of {asked}: {why}"
+        details |= {"criterion": nearest, "note": note}
     if measured.errors is not None:
         details["expected_misplaced"] = misplaced(
             measured.scores, measured.errors, settings.rule.cut
