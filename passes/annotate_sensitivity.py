@@ -1,4 +1,4 @@
-"""Score every removable unit by how much the loss rises if it goes.
+"""Score every removable unit by the rise of the loss when it is removed.
 
 Before:
     get_attr conv1.weight
@@ -6,14 +6,16 @@ Before:
 After:
     get_attr conv1.weight      meta["fxprune.sensitivity"] = {0: one score per output channel}
 
-and the fact ``sensitivity``: by group, one score per unit and, where it is an estimate, its
-standard error. The relative Hessian trace of HAP (arXiv 2101.08940) of a unit ``u`` is
-``Tr(H_uu) / (2 |u|) ||w_u||^2`` over all weights that die with it; its probes stop once the ranking
-at the cut has settled. Other criteria are scored in the same way and compared in
-``docs/sensitivity.md``. The default, ``gauss-newton``, takes cross-entropy or a squared error on
-one output of any shape. Where the loss is another, ``fisher`` stands in for it, or ``output-shift``
-where there are no labels or the model has several outputs; the report says so. Groups that a
-criterion cannot score (``bn-scale`` where there is no batch norm) are declined and get no scores.
+The pass also records the fact ``sensitivity``: for each group, one score per unit and, where the
+score is an estimate, its standard error. For example, the score ``hessian-trace`` of a unit ``u``
+is the relative Hessian trace of HAP (arXiv 2101.08940), ``Tr(H_uu) / (2 |u|) ||w_u||^2``, over all
+weights that are removed with the unit; it is estimated with random probes, which stop once the
+ranking at the cut has settled. All criteria are compared in ``docs/sensitivity.md``.
+
+``gauss-newton`` needs cross-entropy, or a squared error, on one output of any shape. For any other
+loss ``fisher`` replaces it; without labels, or for models with several outputs, ``output-shift``
+does; the report says so. A group that a criterion cannot score (``bn-scale`` without a batch norm)
+gets no scores and is reported as skipped.
 """
 
 from __future__ import annotations
@@ -39,23 +41,25 @@ class AnnotateSensitivity(Pass):
     """Score every removable unit.
 
     Attributes:
-        criterion: hessian-trace, gauss-newton-trace, gauss-newton, output-shift, fisher, taylor,
-            magnitude-l1, magnitude-l2, bn-scale, activation or random.
-        probes: how many probes a trace may take at most.
-        min_probes: how many it takes before it first asks whether the ranking has settled.
-        cut: the share of units, least sensitive first, whose membership has to settle.
-        tolerance: the share of them that may be expected to be wrong; 0 takes all probes.
-        precision: fp32, bf16 or fp16 for the model; sums are always in fp32 at least.
-        samples: calibration samples.
-        batch_size: of the batches that they are streamed in, at most.
-        memory_gib: how much the activations of a batch may take; batches shrink to fit.
-        labels: data, predicted or sampled.
-        estimator: what trace probes perturb, weights or outputs; exact for none; auto for the best
-            that applies.
-        negative: abs or clamp; what becomes of negative traces.
-        output_probes: random vectors per batch for gauss-newton and output-shift; 0 is exact for up
-            to 16 outputs, and 4 beyond.
-        attention: heads or head_dim; which factor of attention widths units are.
+        criterion: how a unit's importance is measured; see docs/sensitivity.md.
+        probes: largest number of random probes for a Hessian trace.
+        min_probes: number of probes before the first check whether the ranking has settled.
+        cut: fraction of units, least sensitive first, whose selection must settle before the
+            probes stop.
+        tolerance: fraction of the selected units that may be wrong when the probes stop; 0 uses
+            all probes.
+        precision: number format of the model's arithmetic; sums always use at least FP32.
+        samples: number of calibration samples.
+        batch_size: largest number of samples per batch.
+        memory_gib: memory for the activations of one batch, in GiB; batches shrink to fit.
+        labels: where labels come from: the data, the model's own predictions, or random draws
+            from its predicted probabilities.
+        estimator: what the probes perturb: weights or outputs; exact uses no probes; auto takes
+            the most accurate one that applies.
+        negative: use the absolute value of negative traces, or clamp them to 0.
+        output_probes: random vectors per batch for gauss-newton and output-shift; 0 is exact for
+            up to 16 outputs, and uses 4 vectors for more.
+        attention: units of attention are whole heads, or positions inside every head.
 
     """
 

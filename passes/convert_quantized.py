@@ -1,4 +1,4 @@
-"""Store weights as 8-bit codes and compute with quantise/dequantise pairs.
+"""Store weights as INT8 and compute with quantise/dequantise pairs.
 
 Before:
     fake_quantize: 4x3x3x3 = fxprune.fake_quantize(<weight 4x3x3x3>, scale, zero, -127, 127, 0)
@@ -9,9 +9,9 @@ After:
     dequantize_1: 4 = fxprune.dequantize(<bias int32 4>, sums, zeros, 0)
     conv2d: 1x4x6x6 = conv2d(x, dequantize, dequantize_1)
 
-Biases become 32-bit codes of scale ``input scale * weight scale``, the unit of a layer's sums.
-Views, pads and other moves work on the codes themselves. The result computes what the
-fake-quantised program did, to one step, and exports to ONNX as integers.
+Biases become INT32 with the scale ``input scale * weight scale``, the unit of the layer's sums.
+Views, pads and other operators that only move data work directly on INT8 values. The result equals
+the fake-quantised program to within one quantisation step, and exports to ONNX as integers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fxprune.quantization.codes import convert
 
 @dataclass(frozen=True)
 class ConvertQuantized(Pass):
-    """Turn fake-quantisers into codes."""
+    """Convert fake-quantisers to INT8 weights and quantise/dequantise pairs."""
 
     name: ClassVar[str] = "convert-quantized"
     needs: ClassVar[Facts] = frozenset({CALIBRATED})

@@ -1,19 +1,21 @@
-"""Train the program a little, with the dense model as a teacher.
+"""Fine-tune the program, with the dense model as a teacher.
 
 Before:
     conv2d: 8x16x32x32 = conv2d(x, <conv1.weight 16x3x3x3>)
 
 After:
-    conv2d: 8x16x32x32 = conv2d(x, <conv1.weight 16x3x3x3>)   # other numbers in it
+    conv2d: 8x16x32x32 = conv2d(x, <conv1.weight 16x3x3x3>)   # with trained values
 
-The loss is ``(1 - distill) * loss(outputs, target) + distill * distance(outputs, dense outputs)``;
-the distance is the softened divergence of arXiv 1503.02531 for cross-entropy, and a relative
-squared error for other losses. Without labels the distance is all there is. Zeros of masks are
-kept. Batch norms first take the statistics of what they read, with weights and biases that make up
-for it, since training runs them on batches and would begin as another function otherwise; then they
-update their statistics. A part of the training samples is held out, and of points on the way from
-the old weights to the trained ones that of the least loss on it is kept: training never ends worse
-than it began. Fails, and does not guess, where there is no training data.
+The loss is ``(1 - distill) * loss(outputs, target) + distill * distance(outputs, dense outputs)``.
+The distance is the softened divergence of arXiv 1503.02531 for cross-entropy, and a relative
+squared error for other losses. Without labels, the distance is the whole loss. Masked weights stay
+zero.
+
+In training, batch norms normalise with the statistics of the batch. Before the first step, their
+running statistics, weights and biases are adjusted so that training starts from the function that
+evaluation computes. A part of the training samples is held out, and the weights kept are those on
+the line from the old to the trained ones with the lowest loss on it: training never ends worse
+than it began there. Raises an error if there is no training data.
 """
 
 from __future__ import annotations
@@ -37,17 +39,18 @@ class Finetune(Pass):
     """Fine-tune all parameters.
 
     Attributes:
-        epochs: passes over the training data.
-        lr: peak learning rate; it rises linearly, then decays to zero as a cosine.
+        epochs: number of passes over the training data.
+        lr: peak learning rate; it rises linearly, then falls to zero along a cosine.
         optimizer: sgd (Nesterov momentum 0.9) or adamw.
-        warmup: the share of all steps over which the rate rises.
-        weight_decay: on weights, not on biases and norms.
+        warmup: fraction of all steps during which the learning rate rises.
+        weight_decay: weight decay for weights; biases and norms have none.
         batch_size: samples per step.
-        distill: weight of the distance to the dense model; the loss on labels weighs the rest.
-        temperature: softens both sides of the distillation.
-        clip: the largest norm of a step's gradient; 0 for no limit.
-        held_out: the share of the training samples that judges, at most 1,024 of them; 0 keeps the
-            end of training whatever it is.
+        distill: weight of the distance to the dense model, between 0 and 1; the loss on labels has
+            the rest.
+        temperature: softmax temperature of both models in distillation.
+        clip: largest norm of the gradient of one step; 0 for no limit.
+        held_out: fraction of the training samples (at most 1,024) that selects the weights to
+            keep; 0 keeps the final weights.
 
     """
 

@@ -10,11 +10,11 @@ After:
     weight' = weight * gamma / sqrt(var + eps)   per output channel
     bias'   = beta + (bias - mean) * gamma / sqrt(var + eps)
 
-Dense, grouped, depthwise and transposed convolutions of any dimension, and linear layers; in
-float64; also where the norm reads a concat of such layers, or of slices of them. Declines where
-the layer's output or its weights have other readers, where a weight is computed rather than
-stored, where the norm has no running statistics or is in training mode, and where its channels
-are not the layer's.
+The layer may be a dense, grouped, depthwise or transposed convolution of any dimension, or a linear
+layer; the norm may also read a concat of such layers, or of slices of them. The arithmetic is in
+float64. A norm is skipped if the output or the weights of the layer have other readers, if a weight
+is computed instead of stored, if the norm has no running statistics or is in training mode, or if
+its channels are not those of the layer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Give the products of attention a low rank, head by head, fitted to calibration samples.
+"""Reduce the rank of the products inside attention, head by head, on calibration samples.
 
 Before:
     qkv: 8x64x384 = linear(x, qkv_weight 384x128)         # 4 heads of 32
@@ -10,16 +10,16 @@ After (rank 16 for queries and keys, 24 for values):
     attend: 8x4x64x24 = scaled_dot_product_attention(q', k', v', scale=32 ** -0.5)
     proj: 8x64x128 = linear(attend'', proj_weight' 128x96)
 
-Scores depend on queries and keys through the product of their weights alone, and the output on
-values through that of theirs with the next layer's. Both pairs of weights are written in the basis
-in which the product's directions come in the order of what they contribute on the samples, which
-changes nothing, and the last positions of every head are removed. The error is the sum of the
-discarded squares. Biases are part of the products, and the scale of scores stays that of the dense
-width.
+Scores depend on queries and keys only through the product of their weights; the output depends on
+values only through the product of their weights with those of the next layer. First, both pairs of
+weights are written in a basis that sorts the directions of each product by their contribution on
+the samples; this does not change the function. Then the last positions of every head are removed.
+The error is the sum of the discarded squares. Biases are part of the products, and the scale of
+scores stays that of the original width.
 
-Declines products where something other than data movement lies between attention and its linear
-layers, such as rotary embeddings or norms of queries and keys, where heads share keys, where
-weights are shared or computed, and where nothing is saved. Attention must be one call of
+A product is skipped if an operator other than data movement lies between attention and its linear
+layers (such as rotary embeddings or norms of queries and keys), if heads share keys, if weights are
+shared or computed, or if nothing is saved. Attention must be one call of
 scaled_dot_product_attention.
 """
 
@@ -61,15 +61,14 @@ Moments = dict[tuple[str, str], HeadMoments]
 
 @dataclass(frozen=True)
 class ImplantAttention(Pass):
-    """Narrow the heads of attention in the basis that loses least.
+    """Narrow attention heads, in the basis that keeps the most of their products.
 
     Attributes:
-        rank: the share of each head's width that stays; None for as little as ``unexplained``
-            allows.
-        unexplained: the share of a product's mean square that may be lost, where no rank is given.
-        products: which ones: of queries and keys, of values and the next layer, or both.
-        round_to: ranks are multiples of this, or the whole width.
-        samples: how many calibration samples at most, drawn at random.
+        rank: fraction of each head's width to keep; None keeps as little as ``unexplained`` allows.
+        unexplained: fraction of a product's mean square that may be lost if ``rank`` is None.
+        products: which products to reduce: queries and keys, values and the next layer, or both.
+        round_to: ranks are multiples of this, or the full width.
+        samples: largest number of calibration samples, drawn at random.
         batch_size: samples per batch.
 
     """

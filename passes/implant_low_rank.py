@@ -8,12 +8,12 @@ After:
     implant: 8x4x32x32 = conv2d(x, implant0_weight 4x16x1x1, implant0_bias 4)
     conv2d: 8x16x32x32 = cat(kept, implant)
 
-The units of the group are reordered so that the implanted ones come last, in every tensor that
-they occupy; that alone changes nothing. A layer for which the plan names a kind but no units gets
-an implant for all its outputs, and needs no concat. The implant is fitted by least squares to what
-the layer computed (after HAP, Yu et al. 2022, where it starts at zero). Declines grouped,
-transposed and three-dimensional convolutions, shared or computed weights, and layers where nothing
-is saved.
+The units of the group are reordered so that the implanted ones come last in every tensor that they
+occupy; this does not change the function. If the plan names a kind of implant for a layer but no
+units, the implant replaces all its outputs and no concat is needed. The implant is fitted by least
+squares to the outputs of the original layer (in HAP, Yu et al. 2022, it starts at zero). Grouped,
+transposed and three-dimensional convolutions, layers with shared or computed weights, and layers
+where nothing is saved are skipped.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ from fxprune.structure.groups import Group, find_groups
 
 @dataclass(frozen=True)
 class ImplantLowRank(Pass):
-    """Put the implants of the plan in, after its removals.
+    """Insert the implants of the plan, after its removals.
 
     Attributes:
-        kind: what implants consist of where the plan does not say: ``auto`` takes the kind that
-            leaves the least variance unexplained per cost saved.
-        rank: of low-rank implants and pairs, as a share of the outputs; with ``auto`` only where a
-            1 x 1 is no candidate, else it is the largest that costs no more than the 1 x 1.
-        ridge: of the least squares, relative to the mean square of what is read.
-        samples: how many calibration samples at most, drawn at random.
-        batch_size: the most samples per batch.
-        positions: how many positions of each layer at most.
+        kind: type of implant where the plan does not name one; ``auto`` takes the type with the
+            least unexplained variance per cost saved.
+        rank: rank of low-rank implants and pairs, as a fraction of the outputs; with ``auto`` it is
+            used only where a 1 x 1 convolution does not apply: elsewhere the rank is the largest
+            that costs no more than the 1 x 1.
+        ridge: regularisation of the least squares, relative to the mean square of the inputs.
+        samples: largest number of calibration samples, drawn at random.
+        batch_size: largest number of samples per batch.
+        positions: largest number of positions that each layer is fitted on.
 
     """
 

@@ -1,4 +1,4 @@
-"""Put observers where ONNX Runtime will compute with 8-bit codes.
+"""Insert observers where ONNX Runtime will compute in INT8.
 
 Before:
     conv2d: 1x4x6x6 = conv2d(x, <weight 4x3x3x3>, <bias 4>)
@@ -11,16 +11,17 @@ After:
     relu: 1x4x6x6 = relu(conv2d)
     observe_2: 1x4x6x6 = fxprune.observe(relu, relu, 0, 255, False, -1)
 
-Observers compute nothing; they name the codes to come: unsigned for activations, with one scale,
-and signed for weights, with one scale per output channel. The places follow from a table of what
-ONNX Runtime fuses: the inputs and outputs of convolutions (the output after a ReLU or clamp from
-zero), the inputs of linear layers, both inputs and the output of additions of such values, and
-pooling. Values that only move (views, slices, pads, concatenations, maxima) keep their codes.
+Observers compute nothing; they state the number format to come: unsigned with one scale for
+activations, signed with one scale per output channel for weights. Their places follow from a table
+of what ONNX Runtime fuses: the inputs and outputs of convolutions (the output after a ReLU, or
+after a clamp from zero), the inputs of linear layers, both inputs and the output of additions of
+such values, and pooling. Operators that only move values (views, slices, pads, concatenations,
+maxima) keep their quantisation.
 
-Declines layers that a pattern of ``fp32`` names, depthwise convolutions if told to, layers that
-are measured to be slower on codes if told to, and layers whose weight is computed or has other
-readers. Fold batch norms first: a convolution with a norm
-after it is declined.
+These layers stay in FP32: those that a pattern of ``fp32`` names, depthwise convolutions with
+``depthwise=false``, those that INT8 makes slower with ``measure=true``, and those whose weight is
+computed or has other readers. Run fold-batchnorm first: a convolution that is followed by a batch
+norm is skipped.
 """
 
 from __future__ import annotations
@@ -54,17 +55,17 @@ REDUCED_NOTE = (
 
 @dataclass(frozen=True)
 class InsertObservers(Pass):
-    """Place observers around layers that are to run on codes, and between them.
+    """Insert observers around the layers that will run in INT8, and between them.
 
     Attributes:
-        fp32: layers to leave in floating point, by patterns of their weights' or nodes' names.
-        depthwise: quantise depthwise convolutions too; leaving them out costs more in conversions
-            than it saves on every processor that it was measured on.
-        reduce_range: keep sums of two products within 16 bits by smaller weights, as processors
-            without 8-bit dot products need; by default, where this is one.
-        attention: quantise products of two activations too; softmax stays in floating point.
-        measure: leave in FP32 the layers that INT8 does not make faster, by the times of both
-            forms in ONNX Runtime on this host, conversions around them included.
+        fp32: layers to keep in FP32, as patterns of the names of weights or nodes.
+        depthwise: quantise depthwise convolutions too; with false they stay in FP32, but the
+            conversions around them cost more than this saves on every processor measured so far.
+        reduce_range: limit weights so that sums of two products fit 16 bits, as processors without
+            8-bit dot products need (default: true on such a processor).
+        attention: quantise products of two activations too; softmax stays in FP32.
+        measure: keep in FP32 the layers that INT8 does not make faster, including conversions
+            around them, as measured in ONNX Runtime on this host.
 
     """
 

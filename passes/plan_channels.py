@@ -1,18 +1,19 @@
-"""Decide which units go, so that a budget is met at the least sensitivity per cost saved.
+"""Choose the units to remove: meet the budget with the least sensitivity per cost saved.
 
 Before:
-    fact sensitivity: by group, one score per unit
+    fact sensitivity: for each group, one score per unit
 
 After:
-    fact plan: by group, the units to remove
+    fact plan: for each group, the units to remove
 
-Units of a group go in order of their scores; how many of each group is solved for over all groups
-at once, with costs that are exact after every step. What remains is a multiple of 16 where 32 or
-more channels remain, of 8 where 16 remain, else of 4. The binding budget is used up to within 1 %;
-where no such widths do that, as few groups as possible are rounded less, and the plan says so.
-Latency is predicted from layers timed in ONNX Runtime on this host, and what a plan leaves is timed
-as a whole and the plan corrected; widths are then multiples of 4, and 2 % of the budget may stay.
-Refuses budgets that cannot be met, saying what stops them, and patterns that match nothing.
+Within a group, units with lower scores are removed first. The number of units to remove from each
+group is solved for all groups together, and costs are computed exactly after every step. Widths are
+multiples of 16 if at least 32 channels remain, of 8 if at least 16 remain, else of 4. The binding
+budget is used up to within 1 %; if no rounded widths achieve this, as few groups as possible are
+rounded less, and the plan says so. Latency is predicted from layers timed in ONNX Runtime on this
+host; then the planned model is timed as a whole, and the plan is corrected. With a latency budget
+all widths are multiples of 4, and up to 2 % of the budget may stay unused. Budgets that cannot be
+met are errors that say why; so are name patterns that match nothing.
 """
 
 from __future__ import annotations
@@ -46,29 +47,31 @@ from fxprune.structure.removal import remove_units
 
 @dataclass(frozen=True)
 class PlanChannels(Pass):
-    """Choose units to remove within a budget; several budgets are all met.
+    """Choose the units to remove so that every given budget is met.
 
     Attributes:
-        macs: what may remain of the dense model's multiply-accumulates: 50%, 2.0x, or 300M.
-        params: the same for parameters.
-        size: the same for weight bytes: 50%, 2x or 1MB.
-        latency: the same for milliseconds per sample in ONNX Runtime on this host: 60% or 1.5ms.
-        round_to: channels are a multiple of this where twice as many remain, of half of it where
-            as many remain, else of a quarter.
-        depthwise_round_to: the same where a depthwise convolution runs; a multiple of 4, as are
-            all widths there.
-        min_units: units that stay in every group.
-        max_ratio: the largest share of units that a group may lose.
+        macs: budget of multiply-accumulates per sample: a share of the dense model (50%), a
+            factor (2x) or a number (300M).
+        params: budget of parameters: 50%, 2x or 5M.
+        size: budget of weight bytes: 50%, 2x or 1MB.
+        latency: budget of latency per sample in ONNX Runtime on this host: 60%, 2x or 1.5ms.
+        round_to: widths are multiples of N if at least 2N remain, of N/2 if at least N remain,
+            else of N/4.
+        depthwise_round_to: the same, for groups with a depthwise convolution; it must be a multiple
+            of 4, and so are all widths there.
+        min_units: smallest number of units that stay in every group.
+        max_ratio: largest fraction of its units that a group may lose.
         protect: name patterns of tensors, modules or groups that keep their shapes.
-        ratios: by name pattern, the share of its units that a group loses, whatever the scores.
+        ratios: fraction of units to remove from the groups that a name pattern matches, whatever
+            their scores.
         normalize: divide the scores of each group by their mean or maximum first.
-        tolerance: the share of its limit that the binding budget may stay below it.
-        corrections: how often a plan whose measured latency misses its budget is made anew; at
-            zero plans are not measured.
-        implant_ratio: the share of each group's cut that gets implants instead; ``auto`` mixes
-            removal with layers of low rank as moves the re-fitted model's output least.
-        path: how far to go from the dense model to the budget, geometrically; below one in the
-            early steps of a schedule.
+        tolerance: how far below its limit the binding budget may end, as a fraction.
+        corrections: how many times to re-plan when the measured latency misses the target; 0
+            disables measuring.
+        implant_ratio: fraction of each group's removed units that get implants instead; ``auto``
+            mixes removal and low-rank layers so that the output of the re-fitted model moves least.
+        path: how far to go from the dense model to the budget, on a geometric scale; less than 1
+            in the early rounds of a schedule.
 
     """
 

@@ -1,14 +1,15 @@
-"""Estimate batch-norm statistics anew on calibration data.
+"""Recompute batch-norm statistics on calibration data.
 
 Before:
     batch_norm: 8x16x32x32 = batch_norm(x, weight, bias, mean, var)   # of the dense model
 
 After:
-    batch_norm: 8x16x32x32 = batch_norm(x, weight, bias, mean, var)   # of this one
+    batch_norm: 8x16x32x32 = batch_norm(x, weight, bias, mean, var)   # of this program
 
-The mean and the unbiased variance are those of all values that a norm sees over all samples, while
-each batch is normalised by its own statistics, as in training; dropout stays off. A norm that is
-called several times counts all its calls. No gradient is taken. Instance norms are left alone.
+The mean and the unbiased variance are those of all values that reach a norm over all samples.
+Meanwhile each batch is normalised with its own statistics, as in training, but dropout stays off. A
+norm that is called several times counts the values of all calls. No gradient is computed. Instance
+norms do not change.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class RecalibrateNorms(Pass):
     """Replace running statistics by those of calibration samples.
 
     Attributes:
-        samples: how many calibration samples at most, drawn at random.
-        batch_size: the most samples per batch; batches are about equal.
+        samples: largest number of calibration samples, drawn at random.
+        batch_size: largest number of samples per batch; batches are about equal in size.
 
     """
 

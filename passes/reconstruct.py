@@ -1,27 +1,28 @@
-"""Re-fit the weights so that values inside the program stay those of the dense one.
+"""Re-fit weights so that values inside the program stay close to those of the dense model.
 
 Before:
-    conv2d: 8x12x32x32 = conv2d(x, weight, bias)     # of the dense model, less what was removed
+    conv2d: 8x12x32x32 = conv2d(x, weight, bias)     # what removal left of the dense layer
 
 After:
     conv2d: 8x12x32x32 = conv2d(x, weight', bias')
 
     weight', bias' = argmin  sum |y(weight', bias'; x) - y_dense|^2 + ridge |weight' - weight|^2
 
-Convolutions and linear layers change one after the other in graph order; ``x`` is what the layers
-already changed make of the calibration samples. ``y`` is the value at the end of the layer's affine
-tail, past batch norms and sums, where it is what is left of the dense value ``y_dense``: so a layer
-also makes good what was lost on the other side of a shortcut. The solution is exact, from second
-moments; samples that are held out tell how far to go towards it, output by output, and a change
-that does not bring them nearer is not made. Labels are not needed. Masked weights stay zero.
+Convolutions and linear layers are re-fitted one after the other, in graph order; ``x`` is what the
+layers already re-fitted compute from the calibration samples. ``y`` is the value at the end of the
+layer's affine tail, behind batch norms and sums, if this value remains of the dense value
+``y_dense``: so a layer also compensates for what was lost on the other side of a shortcut. The
+solution is exact, from second moments. Held-out samples decide, output by output, how far to move
+towards it; a change that does not reduce their error is rejected. No labels are needed. Masked
+weights stay zero.
 
-With ``lookahead=K`` a second round makes the values of the next K operations those of the dense
-program as well, in so far as the layer's weights can, by Newton's method on conjugate gradients
-(SNOWS, arXiv 2411.18376), given all other layers as the first round left them.
+``lookahead=K`` adds a second round: Newton's method with conjugate gradients (SNOWS, arXiv
+2411.18376) changes each layer so that the values of the next K operators match the dense program
+too, while all other layers stay as the first round left them.
 
-Declines layers whose values have no counterpart in the dense program and, unless it looks ahead,
-transposed convolutions and outputs of more than 8,192 weights; computed weights, and those with
-readers other than layers, are left alone.
+Layers whose values have no counterpart in the dense program are skipped and, without lookahead,
+so are transposed convolutions and outputs with more than 8,192 weights. Weights that are computed,
+or that operators other than layers read, do not change.
 """
 
 from __future__ import annotations
@@ -58,28 +59,29 @@ AFFORDABLE = 1e11
 
 @dataclass(frozen=True)
 class Reconstruct(Pass):
-    """Bring values back to those of the dense program, layer by layer.
+    """Match values to those of the dense program, layer by layer.
 
     Attributes:
-        samples: how many calibration samples at most, drawn at random.
+        samples: largest number of calibration samples, drawn at random.
         batch_size: samples per batch.
-        ridge: how strongly weights hold on to what they are, relative to the mean square of what
-            they multiply.
-        held_out: the share of the samples that judges changes and does not make them.
-        lookahead: how many operations beyond each layer to look in a second round, by Newton's
-            method; 0 for no such round, ``auto`` for 12 where that takes minutes and else none.
-        rounds: how often to look ahead from every layer.
-        curvature: of the residuals alone, or as the paper has it of the whole loss.
-        steps: of Newton's method per layer, at most.
-        cg_steps: of conjugate gradients per Newton step, at most.
-        damping: added to the curvature, relative to what it is along the gradient.
-        tolerance: where conjugate gradients end, relative to the gradient.
-        solver: ``own``, or ``paper``: no first round, later layers are dense, weights change alone,
-            sums of squares are not weighed, conjugate gradients are not preconditioned, and every
-            step has gradient, curvature and line search on a batch of its own.
-        memory_gib: for activations. Half is for those on their way through the programs, and what
-            is more lies on disk; half for what is computed with, and batches shrink to fit it.
-        only: name patterns of the weights or modules to mend; empty for all.
+        ridge: strength of the pull towards the current weights, relative to the mean square of
+            their inputs.
+        held_out: fraction of the samples that judges changes and is not fitted.
+        lookahead: number of operators beyond each layer to match in a second round, by Newton's
+            method; 0 disables it, ``auto`` is 12 if that takes minutes and 0 otherwise.
+        rounds: number of times to look ahead from every layer.
+        curvature: second derivatives of the residuals only, or of the whole loss as in the paper.
+        steps: largest number of Newton steps per layer.
+        cg_steps: largest number of conjugate-gradient steps per Newton step.
+        damping: term added to the curvature, relative to the curvature along the gradient.
+        tolerance: residual at which conjugate gradients stop, relative to the gradient.
+        solver: ``own``, or ``paper`` for the published method: no first round, later layers are
+            dense, only weights change, sums of squares are unweighted, conjugate gradients are not
+            preconditioned, and every step takes gradient, curvature and line search from a batch
+            of its own.
+        memory_gib: memory for activations, in GiB. Half holds activations in transit, with the rest
+            of them on disk; half is for computing, and batches shrink to fit.
+        only: name patterns of the weights or modules to re-fit; empty for all.
 
     """
 

@@ -12,13 +12,14 @@ After:
     relu: 8x16x32x32 = relu(batch_norm)
     conv2d_3: 8x16x32x32 = conv2d(relu, <layer1.1.conv1.weight 16x16x3x3>)
 
-A layer of few channels takes nearly as long as one of more, so that a network of many narrow layers
-gains more by fewer layers than by narrower ones. Branches of sums ``x + branch(x)`` go one by one:
-each time the one that moves the output least, in the mean square on calibration samples, for each
-multiply-accumulate that goes with it, of those judged anew. No labels are needed. A branch may be
-a block of a residual network, or the attention or the MLP of a transformer layer; one whose values
-are read elsewhere, or whose sum broadcasts, stays. The result computes what the program does with
-the branches' values set to zero, which is checked. Reconstruct afterwards.
+A layer with few channels takes nearly as long as one with more, so a network of many narrow layers
+gains more from fewer layers than from narrower ones. Branches of sums ``x + branch(x)`` are removed
+one by one: each time the branch that moves the output least (in mean square, on calibration
+samples) per multiply-accumulate saved, among those measured again after the last removal. No labels
+are needed. A branch may be a block of a residual network, or the attention or the MLP of a
+transformer layer. A branch stays if its values are read elsewhere or if its sum broadcasts. The
+result must equal the program with the values of these branches set to zero; this is checked. Run
+reconstruct afterwards.
 """
 
 from __future__ import annotations
@@ -52,10 +53,10 @@ class RemoveBlocks(Pass):
     """Remove residual branches until a budget is met.
 
     Attributes:
-        macs: the most multiply-accumulates per sample, as a share of the dense model's (75%), a
-            factor (1.5x) or a number (30M).
+        macs: largest number of multiply-accumulates per sample: a share of the dense model (75%),
+            a factor (1.5x) or a number (30M).
         protect: name patterns of modules, weights or additions whose branches stay.
-        samples: how many calibration samples judge at most, drawn at random.
+        samples: largest number of calibration samples that branches are judged on, drawn at random.
         batch_size: samples per batch.
 
     """

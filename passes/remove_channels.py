@@ -1,4 +1,4 @@
-"""Make the physical cut that the plan asks for.
+"""Remove the planned units from all tensors.
 
 Before:
     conv1.weight 16x3x3x3, bn1.weight 16, conv2.weight 32x16x3x3
@@ -6,9 +6,9 @@ Before:
 After (plan: units 1, 4, 7, 9 of the group of conv1):
     conv1.weight 12x3x3x3, bn1.weight 12, conv2.weight 32x12x3x3
 
-Every parameter dimension that a unit occupies is sliced, and sizes that the trace baked into views,
-splits, paddings and groups follow. What is left of each dense value is recorded for later passes;
-of the plan, the implants remain.
+Every parameter dimension that a unit occupies is sliced, and constant sizes in views, splits, pads
+and groups are adjusted. The pass records, for later passes, which part of each dense value remains;
+only the implants stay in the plan.
 """
 
 from __future__ import annotations

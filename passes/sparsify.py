@@ -1,17 +1,19 @@
-"""Set weights to zero by a pattern that every later pass keeps.
+"""Set weights to zero in a pattern that every later pass keeps.
 
 Before:
     conv.weight 32x16x3x3
 
 After (pattern 2:4):
-    conv.weight 32x16x3x3, two of every four consecutive inputs zero in each row and kernel place
+    conv.weight 32x16x3x3, two of every four consecutive inputs are zero in each row and kernel
+    position
 
-The largest weights stay. Shapes do not change: zeros make a file smaller once it is compressed, and
-serve backends that skip them; ONNX Runtime computes with them as with any other number.
+The largest weights stay. Shapes do not change: zeros make the file smaller after compression and
+help backends that skip them; ONNX Runtime computes with zeros as with any other number.
 
-``N:M`` counts blocks along the input channels, of each group on its own. Layers whose inputs per
-group are no multiple of M, such as depthwise ones, are declined; so are computed weights and those
-with readers other than layers. Biases and norms are never masked.
+``N:M`` counts blocks along the input channels, separately in each channel group. Layers whose
+number of inputs per group is not a multiple of M, such as depthwise ones, are skipped; so are
+weights that are computed or that operators other than layers read. Biases and norms are never
+masked.
 """
 
 from __future__ import annotations
@@ -48,13 +50,13 @@ class Sparsify(Pass):
     """Mask weights, and record the masks.
 
     Attributes:
-        pattern: ``2:4`` and the like; ``unstructured`` for the smallest weights of all layers
-            together; ``uniform`` for those of each layer; ``zeros`` for those that are zero
-            already; ``file`` for masks of your own.
-        sparsity: the share of the weights that goes, for ``unstructured`` and ``uniform``.
-        cap: the largest share that goes of any one layer, for ``unstructured``.
-        file: safetensors by parameter name, zero or false where a weight goes.
-        protect: name patterns of weights or modules that stay as they are.
+        pattern: ``N:M`` (such as 2:4) keeps the N largest of every M weights; ``unstructured``
+            masks the smallest weights of all layers together; ``uniform`` the smallest of each
+            layer; ``zeros`` those that are zero already; ``file`` reads masks from a file.
+        sparsity: fraction of the weights to mask, for ``unstructured`` and ``uniform``.
+        cap: largest fraction to mask in any one layer, for ``unstructured``.
+        file: safetensors file of masks by parameter name; zero or false masks a weight.
+        protect: name patterns of weights or modules that are not masked.
 
     """
 

@@ -1,4 +1,4 @@
-"""Find the scales of observed values, and train the weights that will be rounded.
+"""Calibrate the scales of quantisation and train through the rounding.
 
 Before:
     observe: 8x16x32x32 = fxprune.observe(relu, relu, 0, 255, False, -1)
@@ -7,17 +7,17 @@ After:
     fake_quantize: 8x16x32x32 = fxprune.fake_quantize(relu, <quantizers.relu.scale scalar>,
         <quantizers.relu.zero_point uint8 scalar>, 0, 255, -1)
 
-Calibration runs samples through the program in floating point; observers take the range of what
-they see, and weights that of their largest value per output channel. Fake-quantisers then round
-to what codes can tell (weights to the nearest code, or adaptively), and biases take back what
-rounding shifts in the means of layers. To win back predictions, the layers whose rounding costs
-most are left in floating point (``recover``).
+Calibration runs samples through the program in FP32. Observers measure the range of activations;
+the range of weights is the largest absolute value per output channel. Fake-quantisers then round
+values to what INT8 can represent (weights to the nearest value, or adaptively), and biases are
+corrected for the shift that rounding causes in the means of layers. With ``recover``, the layers
+whose rounding costs most stay in FP32.
 
-With epochs, the weights are trained through the rounding, whose gradient passes straight through,
-with the dense model as a teacher (see finetune). The scales are measured again before each epoch,
-until ``freeze`` of them are done, or are trained with the weights. Zeros of masks are kept, and
-samples that are held out tell how far to go (see finetune). Fails where there is no data to
-calibrate or to train on.
+With ``epochs``, the weights are trained through the rounding with a straight-through gradient and
+with the dense model as a teacher (see finetune). Scales are measured again before each epoch in the
+first part of training (``freeze``), or are trained with the weights (``learn_scales``). Masked
+weights stay zero, and held-out samples decide which weights to keep (see finetune). Raises an error
+if there is no data to calibrate or train on.
 """
 
 from __future__ import annotations
@@ -46,26 +46,28 @@ class TrainQuantized(Pass):
     """Calibrate observers, turn them into fake-quantisers, and train.
 
     Attributes:
-        observer: the range of activations: of all values, averaged over batches, without the
-            outermost ten-thousandth, of least squared error, or of least divergence.
-        samples: how many calibration samples at most, drawn at random.
+        observer: how the range of activations is chosen: all values (minmax), their running
+            average over batches, without the outer 0.01 %, or with the least squared error or
+            divergence after rounding.
+        samples: largest number of calibration samples, drawn at random.
         batch_size: samples per step.
-        search_weights: take the weight scales of least squared error.
-        rounding: of weights, to the nearest code, or to the one above or below, so that on
-            calibration samples a layer's output moves least (arXiv 2004.10568, 2210.17323).
-        bias_correction: correct the means of layers after calibration.
-        epochs: passes over the training data; 0 only calibrates.
+        search_weights: choose the scales of weights that minimise the squared error of rounding.
+        rounding: round weights to the nearest value, or up or down so that the output of the layer
+            moves least on calibration samples (arXiv 2004.10568, 2210.17323).
+        bias_correction: correct biases for the shift in the means of layers after calibration.
+        epochs: number of passes over the training data; 0 only calibrates.
         lr: peak learning rate.
         optimizer: sgd (Nesterov momentum 0.9) or adamw.
-        weight_decay: on weights.
-        distill: weight of the distance to the dense model; the loss on labels weighs the rest.
-        temperature: softens both sides of the distillation.
+        weight_decay: weight decay for weights.
+        distill: weight of the distance to the dense model, between 0 and 1; the loss on labels has
+            the rest.
+        temperature: softmax temperature of both models in distillation.
         learn_scales: train the scales too (arXiv 1902.08153).
-        held_out: the share of the training samples that judges, at most 1,024 of them.
-        freeze: the share of epochs after which scales are no longer measured again.
-        sensitivity: tell by weight how much rounding in its layer raises the loss, dearest first.
-        recover: leave the layers in floating point whose rounding costs most, to win back so many
-            points of agreement with the unrounded program; 0 for none.
+        held_out: fraction of the training samples (at most 1,024) that selects the weights to keep.
+        freeze: fraction of the epochs during which scales are measured again.
+        sensitivity: report for each weight by how much rounding in its layer raises the loss.
+        recover: keep in FP32 the layers whose rounding costs most, until so many percentage points
+            of predictions agree again with the program before rounding; 0 disables this.
 
     """
 
