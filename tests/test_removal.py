@@ -5,14 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from strategies import Design, Network, designs
-from support import assert_same, randomise_norms, relative_error, trace, without_readers
+from support import assert_same, randomise_norms, trace, without_readers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
 from fxprune.errors import InputError
 from fxprune.planning.cost_model import cost_model
-from fxprune.structure import verify
 from fxprune.structure.groups import Group
 from fxprune.structure.verify import sample_units
 
@@ -256,8 +255,3 @@ def test_an_unknown_operator_freezes_and_is_named() -> None:
     assert reasons[0] is not None
     assert "no rule is known for operator aten." in reasons[0]
     assert "operator_rule" in reasons[0]
-
-
-def test_relative_error_of_the_support_module_is_what_verify_uses() -> None:
-    a, b = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5])
-    assert verify.relative_error(b, a) == pytest.approx(relative_error(a, b))

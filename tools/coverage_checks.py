@@ -18,11 +18,12 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from fxprune.errors import FxpruneError
+from fxprune.graph.comparison import relative_error
 from fxprune.graph.program import Program
 from fxprune.onnx.export import export_onnx
 from fxprune.structure.branches import find_branches, remove_branch, silence_error
 from fxprune.structure.groups import Group
-from fxprune.structure.verify import relative_error, sample_units, verify_removal
+from fxprune.structure.verify import sample_units, verify_removal
 from tools.coverage_models import build, enliven
 
 EXACT = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.graph.functionalize import aliases, read_after, write_through
+from fxprune.graph.computed_weights import bake_computed_weights, settle_rewritten_weights
+from fxprune.graph.functionalize import (
+    aliases,
+    base_of,
+    read_after,
+    separate_state,
+    write_through,
+    written,
+)
 from fxprune.graph.node_args import argument
 from fxprune.graph.parametrisation import fold_parametrisations
 from fxprune.graph.program import Program
@@ -20,14 +28,18 @@ aten = torch.ops.aten
 def canonicalise(program: Program) -> None:
     """Drop guards and assertions, make in-place calls functional, spell splits by their sizes.
 
-    Parametrised weights become plain ones of the same name.
+    Parametrised weights become plain ones of the same name, as do weights that forward computes by
+    mixing the elements of parameters. What the model writes is stored by the graph's last calls.
 
     Leaves an in-place call where a view of its operand is read later, since the two would part.
     """
     _drop_checks(program.graph)
+    separate_state(program)
     _make_functional(program.graph)
     _spell_plainly(program)
     fold_parametrisations(program)
+    settle_rewritten_weights(program)
+    bake_computed_weights(program)
     program.refresh()
     _spell_copies(program)
     _drop_empty_parts(program)
@@ -68,10 +80,10 @@ def _make_functional(graph: fx.Graph) -> None:
         target = functional_form(node.target)
         if target is None or not isinstance(node.args[0], fx.Node):
             continue
-        operand = node.args[0]
-        others = aliases(operand) - {operand}
-        if operand.op == "get_attr":
+        if base_of(node.args[0]).op == "get_attr":  # what stores state
             continue
+        operand = node.args[0]
+        others = aliases(operand) - {operand, node}
         if read_after(others, order[node], order):
             write_through(node, target, order)
             continue
@@ -84,7 +96,12 @@ def _spell_plainly(program: Program) -> None:
     """Constants are read as they are, and a channel shuffle is the views that it is made of."""
     for node in list(program.graph.nodes):
         source = node.args[0] if node.args else None
-        if node.target in COPIES and isinstance(source, fx.Node) and source.op == "get_attr":
+        if (
+            node.target in COPIES
+            and isinstance(source, fx.Node)
+            and source.op == "get_attr"
+            and not any(written(user) for user in node.users)
+        ):
             node.replace_all_uses_with(source)
             program.graph.erase_node(node)
         if node.target is aten.channel_shuffle.default:

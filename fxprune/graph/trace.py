@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
 from fxprune.graph.canonical import canonicalise
+from fxprune.graph.capture_patches import captured_as_called
 from fxprune.graph.program import Program
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def trace(
             f"{type(example_inputs).__name__}; write trace(model, (x,))"
         )
     wanted = _batch_dimensions(example_inputs) if dynamic is None else dict(dynamic)
-    with _evaluation(model), torch.no_grad():
+    with _evaluation(model), captured_as_called(model), torch.no_grad():
         exported = _export(model, example_inputs, wanted)
     return from_exported(exported, example_inputs)
 

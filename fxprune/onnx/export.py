@@ -23,6 +23,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import PostconditionError
+from fxprune.graph.comparison import relative_error
 from fxprune.graph.decompose import spell_attention, spell_clamps
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import insert_call, replace_node
@@ -33,7 +34,6 @@ from fxprune.onnx.quantized_nodes import (
     shield_floats,
 )
 from fxprune.onnx.trim import trim
-from fxprune.structure.verify import relative_error
 
 aten = torch.ops.aten
 PARITY_LIMIT = 1e-3

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxprune.graph.comparison import worst_error
+from fxprune.graph.draws import FixedDraws
 from fxprune.graph.facts import MASKS, Masks
+from fxprune.graph.functionalize import state_kept
 from fxprune.graph.node_args import argument, packet_of
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import drop_unused, replace_node
-from fxprune.structure.verify import relative_error
 
 aten = torch.ops.aten
 IDEMPOTENT = frozenset({aten.relu, aten.relu6, aten.hardtanh, aten.clamp})
@@ -157,10 +159,12 @@ def silence_error(program: Program, branches: Sequence[Branch], smaller: Program
     """
     ends = {branch.add: branch.add.args.index(branch.end) for branch in branches}
     inputs = program.example_inputs
-    with torch.no_grad():
-        expected = _Silenced(program.graph_module, ends).run(*pytree.tree_leaves(inputs))
-        both = pytree.tree_leaves(expected), pytree.tree_leaves(smaller(*inputs))
-    return max(map(relative_error, *both), default=0.0)
+    with torch.no_grad(), FixedDraws(normal=0.5):
+        with state_kept(program):
+            expected = _Silenced(program.graph_module, ends).run(*pytree.tree_leaves(inputs))
+        with state_kept(smaller):
+            found = smaller(*inputs)
+    return worst_error(expected, found)
 
 
 class _Silenced(fx.Interpreter):

@@ -87,7 +87,7 @@ SAME = (
 )  # fmt: skip
 POINTWISE = ("where", "masked_fill", "lerp", "addcmul", "addcdiv", "clamp", "rsub", "maximum",
              "minimum", "true_divide", "floor_divide", "multiply", "divide",
-             "subtract", "copy")  # fmt: skip
+             "subtract", "copy", "copy_")  # fmt: skip
 UNIFORM = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty",
            "scalar_tensor")  # fmt: skip
 UNLABELLED = ("arange", "linspace", "eye", "rand", "randn", "randint", "tensor", "meshgrid",
