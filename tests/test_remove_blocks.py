@@ -56,7 +56,6 @@ def test_the_branch_that_matters_least_goes_first() -> None:
     program = trace(network(), X[:2])
     dense = cost(program).macs
     outcome = RemoveBlocks(macs="60%")(program, context(program))
-    assert outcome.details is not None
     assert outcome.details["blocks"][0]["title"] == "3 (conv1, bn, conv2)"
     assert outcome.changes == len(outcome.details["blocks"])
     assert outcome.details["blocks"][-1]["macs"] == cost(program).macs <= 0.6 * dense
