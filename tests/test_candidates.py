@@ -143,8 +143,28 @@ def test_fp32_is_kept_if_int8_conversion_fails(monkeypatch: pytest.MonkeyPatch) 
     precision = compiled(Shortcuts(), monkeypatch, 2.0).report.precision
     assert precision is not None
     assert precision.summary == "kept FP32: INT8 conversion failed: no such luck"
-    with pytest.raises(InputError, match="no such luck"):
-        compiled(Shortcuts(), monkeypatch, 2.0, int8=True)
+
+
+@pytest.mark.parametrize("place", ["passes", "export"])
+def test_int8_that_was_asked_for_and_fails_leaves_the_fp32_result(
+    place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a kernel is missing\nin line 3")
+
+    if place == "passes":
+        monkeypatch.setattr(TrainQuantized, "run", fail)
+    else:
+        monkeypatch.setattr("fxprune.run.candidates.check_quantized", fail)
+    result = compiled(Shortcuts(), monkeypatch, 2.0, int8=True, out=tmp_path)
+    assert not is_quantized(result.program)
+    assert (tmp_path / "model.onnx").exists()
+    assert not result.report.ok
+    note = result.report.checks["int8"].note
+    assert note is not None
+    assert "unexpected RuntimeError: a kernel is missing; please report" in note
+    assert result.report.precision is not None
+    assert result.report.precision.kept == "fp32"
 
 
 def test_a_model_without_layers_to_quantize_stays_fp32(

@@ -98,5 +98,5 @@ def test_accuracies_on_codes_may_differ_as_predictions_may() -> None:
     assert accuracy_limit({"int8_agreement": Check.skipped("no data")}) == 0.005
     limit = accuracy_limit({"int8_agreement": Check.of(0.02, 0.038)})
     right, in_file = Evaluation(0.786, 500), Evaluation(0.798, 500)
-    found = result_checks(ExportCheck(1e-6, 10), right, right, in_file, None, 1e-3, limit)
+    found = result_checks(ExportCheck(1e-6, 10), right, right, in_file, None, limit)
     assert found["onnx_accuracy"].passed

@@ -86,7 +86,8 @@ def test_the_cut_costs_what_was_asked(options: dict[str, Any]) -> None:
         shares.append(value / target.limit(limit))
     assert 0.99 <= max(shares) <= 1
     assert outcome.changes == 0
-    assert outcome.predicted == found.predicted
+    assert outcome.details is not None
+    assert outcome.details["predicted"] == found.predicted
 
 
 def test_widths_are_rounded() -> None:

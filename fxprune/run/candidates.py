@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-
-from torch.onnx import OnnxExporterError
 
 from fxprune.errors import FxpruneError
 from fxprune.graph.facts import PLAN
@@ -22,6 +21,8 @@ from fxprune.run.job import Job
 from fxprune.run.measure import Emission, emit
 from fxprune.run.quantized_checks import check_quantized
 from fxprune.training.evaluate import Evaluation
+
+log = logging.getLogger(__name__)
 
 # The share of right predictions that INT8 may lose where FP32 could be kept instead.
 MAX_INT8_LOSS = 0.005
@@ -44,11 +45,13 @@ class Candidates:
         by_name: FP32 is missing after a run was resumed behind its passes; INT8 is missing if it
             was not asked for or could not be made.
         obstacle: why there is no INT8, where it was wanted.
+        failed: whether the obstacle is an error.
 
     """
 
     by_name: Mapping[Name, Candidate]
     obstacle: str | None = None
+    failed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +76,15 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class Measurements:
-    """The measured candidates by name, the dense model's file, and why there is no INT8."""
+    """The measured candidates by name, the dense model's file, and why there is no INT8.
+
+    ``failed`` is whether the obstacle is an error.
+    """
 
     dense: Emission
     by_name: Mapping[Name, Measured]
     obstacle: str | None = None
+    failed: bool = False
 
     def kept(self, precision: Precision | None) -> Measured:
         """Return the candidate that was chosen; the only one if there was no choice."""
@@ -98,14 +105,21 @@ def run_passes(job: Job, checkpoint: Checkpoint) -> Candidates:
     kept = Checkpoint.none() if job.choose_precision else checkpoint
     try:
         _advance(job, job.pipeline, int8.program, int8.journal, kept)
-    except FxpruneError as error:
-        if not job.choose_precision:
-            raise
-        return Candidates({"fp32": fp32}, f"INT8 conversion failed: {error}")
+    except Exception as error:  # whatever it is, the FP32 result is finished
+        return _without_int8(fp32, "INT8 conversion failed", error)
     if is_quantized(int8.program):
         return Candidates({"fp32": fp32, "int8": int8})
     nothing = "no layer of this model can be quantized"
     return Candidates({"fp32": fp32 if job.choose_precision else int8}, nothing)
+
+
+def _without_int8(fp32: Candidate, what: str, error: Exception) -> Candidates:
+    log.debug(what, exc_info=error)
+    reason = str(error).strip().split("\n\n")[0]
+    if not isinstance(error, FxpruneError):
+        first = reason.splitlines()[0] if reason else ""
+        reason = f"unexpected {type(error).__name__}: {first}; please report it with the model"
+    return Candidates({"fp32": fp32}, f"{what}: {reason}", failed=True)
 
 
 def _beginning(job: Job, checkpoint: Checkpoint) -> tuple[Program, Journal]:
@@ -141,17 +155,21 @@ def _advance(
 def measure_candidates(job: Job, candidates: Candidates, folder: Path) -> Measurements:
     """Export the dense program and every candidate, and measure latency and accuracy.
 
-    Where the precision may be chosen, an INT8 candidate that cannot be exported is dropped.
+    An INT8 candidate that cannot be exported or run is dropped if there is an FP32 one.
     """
     job.options.progress.say("exporting to ONNX and measuring latency")
     try:
-        emitted = _emit(job, candidates, folder / "all")
-    except (FxpruneError, OnnxExporterError) as error:
-        if "int8" not in candidates.by_name or not job.choose_precision:
+        return _measure(job, candidates, folder / "all")
+    except Exception as error:
+        if set(candidates.by_name) != {"fp32", "int8"}:
             raise
-        reason = f"INT8 cannot be exported: {str(error).splitlines()[0]}"
-        candidates = Candidates({"fp32": candidates.by_name["fp32"]}, reason)
-        emitted = _emit(job, candidates, folder / "fp32")
+        fp32 = candidates.by_name["fp32"]
+        candidates = _without_int8(fp32, "INT8 cannot be exported or run", error)
+    return _measure(job, candidates, folder / "fp32")
+
+
+def _measure(job: Job, candidates: Candidates, folder: Path) -> Measurements:
+    emitted = _emit(job, candidates, folder)
     measured = {
         name: Measured(
             one.program,
@@ -164,7 +182,7 @@ def measure_candidates(job: Job, candidates: Candidates, folder: Path) -> Measur
     if (int8 := measured.get("int8")) is not None:
         checks = check_quantized(int8.program, int8.emission.path, job.data)
         measured["int8"] = replace(int8, checks=checks)
-    return Measurements(emitted["dense"], measured, candidates.obstacle)
+    return Measurements(emitted["dense"], measured, candidates.obstacle, candidates.failed)
 
 
 def _emit(job: Job, candidates: Candidates, folder: Path) -> dict[str, Emission]:

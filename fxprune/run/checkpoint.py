@@ -18,7 +18,7 @@ from fxprune.graph import serialize
 from fxprune.graph.cost import Cost
 from fxprune.graph.facts import PLAN, REMOVED, SENSITIVITY, Plan, Sensitivity
 from fxprune.graph.program import Program
-from fxprune.pipeline.contract import Outcome, Pass, ReportTable, Skip
+from fxprune.pipeline.contract import Outcome, Pass, Skip
 from fxprune.pipeline.driver import Entry
 from fxprune.run.output import write_text
 
@@ -76,21 +76,15 @@ def _count(counts: dict[str, int], units: Mapping[str, Sequence[int]]) -> None:
 
 
 def _entry(content: dict[str, Any]) -> Entry:
-    outcome = dict(content["outcome"])
-    outcome["skips"] = tuple(Skip(**skip) for skip in outcome["skips"])
-    outcome["notes"] = tuple(outcome["notes"])
-    outcome["tables"] = tuple(_table(**table) for table in outcome["tables"])
+    outcome = content["outcome"]
+    skips = tuple(Skip(**skip) for skip in outcome["skips"])
     return Entry(
         content["spec"],
         content["seconds"],
-        Outcome(**outcome),
+        Outcome(outcome["changes"], skips, outcome["details"]),
         Cost(**content["before"]),
         Cost(**content["after"]),
     )
-
-
-def _table(title: str, columns: list[str], rows: list[list[str]]) -> ReportTable:
-    return ReportTable(title, tuple(columns), tuple(map(tuple, rows)))
 
 
 def _curves(sensitivity: Sensitivity) -> dict[str, tuple[float, ...]]:

@@ -17,7 +17,7 @@ from fxprune.data.sources import check_inputs, check_labels
 from fxprune.errors import PostconditionError
 from fxprune.graph.facts import MASKS
 from fxprune.graph.program import Program
-from fxprune.onnx.export import PARITY_LIMIT, ExportCheck
+from fxprune.onnx.export import ExportCheck
 from fxprune.report.content import Check
 from fxprune.run.quantized_checks import DISAGREEMENT
 from fxprune.structure.groups import Group
@@ -97,14 +97,13 @@ def result_checks(
     after: Evaluation,
     in_file: Evaluation,
     max_drop: float | None,
-    parity_limit: float = PARITY_LIMIT,
     accuracy_limit: float = ACCURACY_LIMIT,
 ) -> dict[str, Check]:
     """Judge the emitted file: against PyTorch, and by the accuracy it may lose."""
     checks = {
         "onnx_parity": Check.skipped("it was not asked for")
         if export.parity is None
-        else Check.of(export.parity, parity_limit)
+        else Check.of(export.parity, export.limit, export.note)
     }
     if after.accuracy is None or in_file.accuracy is None:
         checks["onnx_accuracy"] = Check.skipped(after.note or "accuracy was not measured")

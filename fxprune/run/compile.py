@@ -15,10 +15,15 @@ from torch import nn
 
 from fxprune.graph.facts import MASKS
 from fxprune.graph.program import Program
-from fxprune.onnx.export import parity_limit
 from fxprune.onnx.quantized_nodes import is_quantized
 from fxprune.report.content import Check, RunReport
-from fxprune.run.candidates import Measured, measure_candidates, run_passes, select_precision
+from fxprune.run.candidates import (
+    Measured,
+    Measurements,
+    measure_candidates,
+    run_passes,
+    select_precision,
+)
 from fxprune.run.checkpoint import resumable
 from fxprune.run.checks import (
     ACCURACY_LIMIT,
@@ -94,6 +99,7 @@ def _run(
                 chosen = measured.kept(precision)
                 chosen.emission.move_to(staging)
                 checks |= _check_after(job, chosen, accuracy, staging / "model.onnx")
+                checks |= _check_int8(job, measured)
             report = make_report(job, measured, precision, accuracy, checks)
             report = replace(report, seconds=time.perf_counter() - start)
             names = write_files(job, chosen.program, report, staging)
@@ -116,11 +122,17 @@ def _check_after(job: Job, chosen: Measured, before: Evaluation, path: Path) -> 
     in_file = chosen.accuracy
     limit = accuracy_limit(chosen.checks) if is_quantized(program) else ACCURACY_LIMIT
     checks = result_checks(
-        chosen.emission.export, before, after, in_file, job.options.max_drop,
-        parity_limit(program), limit,
-    )  # fmt: skip
+        chosen.emission.export, before, after, in_file, job.options.max_drop, limit
+    )
     masks = {"masks": check_masks(program, path)} if MASKS.name in program.facts else {}
     return {**checks, **masks, **chosen.checks}
+
+
+def _check_int8(job: Job, measured: Measurements) -> dict[str, Check]:
+    """Fail where INT8 was asked for and an error prevented it; the FP32 result is written."""
+    if job.choose_precision or not measured.failed:
+        return {}
+    return {"int8": Check(True, False, note=measured.obstacle)}
 
 
 @contextmanager
