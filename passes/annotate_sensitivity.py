@@ -102,4 +102,4 @@ class AnnotateSensitivity(Pass):
         skips = tuple(Skip(name, reason) for name, reason in skipped.items())
         details = {"criterion": self.criterion, **sensitivity.details}
         note = details.pop("note", None)
-        return Outcome(0, skips, details | ({"notes": [note]} if note else {}))
+        return Outcome(0, skips, details, (str(note),) if note else ())

@@ -16,9 +16,11 @@ the fake-quantised program to within one quantisation step, and exports to ONNX 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fxprune.graph.custom_ops import FAKE_QUANTIZE
 from fxprune.graph.facts import CALIBRATED, CONVERTED, MASKS, REMOVED
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import drop_unused
@@ -42,3 +44,10 @@ class ConvertQuantized(Pass):
         drop_unused(program)
         program.put(CONVERTED, program.get(CALIBRATED))
         return Outcome(count)
+
+    def ensures(
+        self, program: Program, context: Context, outcome: Outcome
+    ) -> Iterator[tuple[str, bool]]:
+        """Every fake-quantizer was converted."""
+        left = [node.name for node in program.graph.nodes if node.target is FAKE_QUANTIZE]
+        yield "no fake-quantizer is left", not left

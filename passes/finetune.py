@@ -20,6 +20,7 @@ than it began there. Raises an error if there is no training data.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
@@ -78,4 +79,12 @@ class Finetune(Pass):
             program, context, schedule, self.held_out, lambda part: train(program, part, schedule)
         )
         trained = sum(p.requires_grad for p in program.graph_module.parameters())
-        return Outcome(trained, details=found.told())
+        return Outcome(trained, details=found.to_details(), notes=found.notes)
+
+    def ensures(
+        self, program: Program, context: Context, outcome: Outcome
+    ) -> Iterator[tuple[str, bool]]:
+        """Training did not diverge."""
+        parameters = program.graph_module.named_parameters()
+        wrong = [name for name, value in parameters if not bool(value.isfinite().all())]
+        yield f"the weights are finite ({', '.join(wrong[:3]) or 'all of them'})", not wrong

@@ -19,6 +19,7 @@ its channels are not those of the layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,6 +68,14 @@ class FoldBatchNorm(Pass):
         if folded:
             drop_unused(program)
         return Outcome(folded, tuple(skips))
+
+    def ensures(
+        self, program: Program, context: Context, outcome: Outcome
+    ) -> Iterator[tuple[str, bool]]:
+        """Every batch norm that is left was declined for a reason."""
+        left = [node for node in program.graph.nodes if node.target is aten.batch_norm.default]
+        declined = {skip.node for skip in outcome.skips}
+        yield "it folds or declines every batch norm", {node.name for node in left} <= declined
 
 
 def _obstacle(program: Program, norm: fx.Node) -> str | None:

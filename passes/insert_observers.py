@@ -26,10 +26,9 @@ norm is skipped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -41,7 +40,8 @@ from fxprune.graph.node_args import packet_of
 from fxprune.graph.program import Program
 from fxprune.latency.table import Table
 from fxprune.pipeline.context import Context
-from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
+from fxprune.pipeline.contract import Facts, Outcome, Pass, ReportTable, Skip
+from fxprune.pipeline.patterns import names_of_tensor, select_any
 from fxprune.quantization.fake_quantizers import observe, sites, sums_overflow
 from fxprune.quantization.patterns import is_depthwise, is_product, pattern_of, place, weight_name
 from fxprune.quantization.timing import LayerTiming, layer_timings
@@ -85,12 +85,10 @@ class InsertObservers(Pass):
         if sites(program) or any(node.target in present for node in program.graph.nodes):
             return Outcome()
         skips: list[Skip] = []
+        fp32 = self._fp32(program)
         chosen: set[fx.Node] = set()
-        for node in program.graph.nodes:
-            pattern = pattern_of(node)
-            if pattern is None or pattern.weight is None:
-                continue
-            if reason := self._obstacle(program, node):
+        for node in _layers(program):
+            if reason := self._obstacle(program, node, node in fp32):
                 skips.append(Skip(node.name, reason))
             else:
                 chosen.add(node)
@@ -108,11 +106,19 @@ class InsertObservers(Pass):
         reduced = sums_overflow() if self.reduce_range is None else self.reduce_range
         count = observe(program, placement)
         program.put(OBSERVED, Quantized(layers, others, reduced))
-        notes = [REDUCED_NOTE] if reduced else []
-        details: dict[str, Any] = {"layers": len(layers), "others": len(others), "notes": notes}
-        if timed:
-            details["tables"] = [_times(timed)]
-        return Outcome(count + spelled, tuple(skips), details)
+        details = {"layers": len(layers), "others": len(others)}
+        notes = (REDUCED_NOTE,) if reduced else ()
+        tables = (_times(timed),) if timed else ()
+        return Outcome(count + spelled, tuple(skips), details, notes, tables)
+
+    def ensures(
+        self, program: Program, context: Context, outcome: Outcome
+    ) -> Iterator[tuple[str, bool]]:
+        """Layers that are to run in INT8 exist."""
+        names = {node.name for node in program.graph.nodes}
+        observed = program.facts.get(OBSERVED.name)
+        layers = observed.layers if observed is not None else {}
+        yield "every layer that is to run in INT8 exists", names >= set(layers)
 
     def _spell(self, program: Program) -> int:
         """Write what is to run on codes in operators that the table knows; returns how many."""
@@ -121,21 +127,36 @@ class InsertObservers(Pass):
             program.refresh()
         return spelled
 
-    def _obstacle(self, program: Program, layer: fx.Node) -> str | None:
+    def _fp32(self, program: Program) -> frozenset[fx.Node]:
+        """The layers that the user wants in FP32."""
+        names = {node: (node.name, *_stored_names(node)) for node in _layers(program)}
+        return select_any(self.fp32, names, "insert-observers{fp32}", "layer")
+
+    def _obstacle(self, program: Program, layer: fx.Node, named: bool) -> str | None:
         weight = layer.args[1]
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return "its weight is computed, not stored"
-        names = (str(weight.target), layer.name, str(weight.target).rpartition(".")[0])
-        if any(fnmatchcase(name, glob) for name in names for glob in self.fp32):
-            return "it is to stay in floating point"
+        if named:
+            return "it is to stay in FP32 (option fp32)"
         if is_depthwise(layer) and not self.depthwise:
-            return "depthwise convolutions are to stay in floating point"
+            return "depthwise convolutions are to stay in FP32 (option depthwise)"
         if any(packet_of(user) is aten.batch_norm for user in layer.users):
             return "a batch norm follows it; run fold-batchnorm first"
         tensor = program.tensor(str(weight.target))
         if any(not _reads_as_weight(user) for user in _readers(program, tensor)):
             return "its weight has other readers than layers"
         return None
+
+
+def _layers(program: Program) -> list[fx.Node]:
+    """The calls that could run in INT8 and have a weight."""
+    return [node for node in program.graph.nodes if _reads_as_weight(node)]
+
+
+def _stored_names(layer: fx.Node) -> tuple[str, ...]:
+    weight = layer.args[1]
+    stored = isinstance(weight, fx.Node) and weight.op == "get_attr"
+    return names_of_tensor(weight_name(layer)) if stored else ()
 
 
 def _slowness(timing: LayerTiming) -> str:
@@ -146,16 +167,16 @@ def _slowness(timing: LayerTiming) -> str:
     )
 
 
-def _times(timed: Mapping[fx.Node, LayerTiming]) -> dict[str, Any]:
+def _times(timed: Mapping[fx.Node, LayerTiming]) -> ReportTable:
     """Make the table of measured layers for the report, those that gain least first."""
     order = sorted(timed, key=lambda node: timed[node].int8 - timed[node].fp32, reverse=True)
     rows = []
     for node in order:
         timing = timed[node]
         kept = "INT8" if timing.quantized else "FP32"
-        rows.append([weight_name(node), f"{timing.int8:.1f}", f"{timing.fp32:.1f}", kept])
-    columns = ["layer", "us in INT8", "us in FP32", "runs as"]
-    return {"title": "Layers timed in ONNX Runtime", "columns": columns, "rows": rows}
+        rows.append((weight_name(node), f"{timing.int8:.1f}", f"{timing.fp32:.1f}", kept))
+    columns = "layer", "us in INT8", "us in FP32", "runs as"
+    return ReportTable("Layers timed in ONNX Runtime", columns, tuple(rows))
 
 
 def _readers(program: Program, tensor: Tensor) -> list[fx.Node]:

@@ -18,7 +18,7 @@ met are errors that say why; so are name patterns that match nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, get_args
 
@@ -144,15 +144,26 @@ class PlanChannels(Pass):
         plan = replace(plan, notes=found.notes, predicted=predicted)
         program.put(PLAN, replace(plan, attention=sensitivity.attention))
         details = {
-            "notes": list(found.notes),
-            "predicted": predicted,
             "limits": dict(zip(predicted, problem.limits.tolist(), strict=True)),
             "units": sum(map(len, plan.remove.values())),
             "implants": dict(plan.kinds),
             "sensitivity_spent": found.loss,
             "latency": timed,
         }
-        return Outcome(0, skips, details)
+        return Outcome(0, skips, details, found.notes, predicted=predicted)
+
+    def ensures(
+        self, program: Program, context: Context, outcome: Outcome
+    ) -> Iterator[tuple[str, bool]]:
+        """Every unit is planned for once."""
+        plan = program.get(PLAN)
+        for group, units in plan.remove.items():
+            both = set(units) & set(plan.implant.get(group, ()))
+            yield (
+                f"units of {group} are listed once, in ascending order",
+                list(units) == sorted(set(units)),
+            )
+            yield f"no unit of {group} is both removed and replaced", not both
 
     def _problem(
         self, program: Program, context: Context, groups: list[Group],

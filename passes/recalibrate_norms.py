@@ -14,8 +14,9 @@ norms do not change.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -68,3 +69,14 @@ class RecalibrateNorms(Pass):
             for name, value in ((mean, statistics.mean), (variance, statistics.variance)):
                 set_tensor(program, name, value.to(program.tensor(name).dtype))
         return Outcome(len(norms), skips, {"samples": total})
+
+    def ensures(
+        self, program: Program, context: Context, outcome: Outcome
+    ) -> Iterator[tuple[str, bool]]:
+        """The statistics are numbers, and no variance is negative."""
+        for norm in norms_of(program):
+            stored: Any = norm.args[3:5]
+            mean, variance = (program.tensor(str(node.target)) for node in stored)
+            finite = bool(mean.isfinite().all()) and bool(variance.isfinite().all())
+            yield f"the statistics of {norm.name} are finite", finite
+            yield f"no variance of {norm.name} is negative", bool((variance >= 0).all())

@@ -28,11 +28,11 @@ or that operators other than layers read, do not change.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
 
+from fxprune.calibration.layer_matrix import layers
 from fxprune.calibration.running import fixed_batch, placed
 from fxprune.data.batches import batches
 from fxprune.errors import InputError
@@ -41,6 +41,7 @@ from fxprune.graph.facts import MASKS, PLAN, REMOVED
 from fxprune.graph.program import Program
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
+from fxprune.pipeline.patterns import names_of_tensor, select_any
 from fxprune.reconstruction.driver import GIB, Mended, Reconstruction
 from fxprune.reconstruction.incremental_run import Store
 from fxprune.reconstruction.layer_solvers import Settings
@@ -120,7 +121,7 @@ class Reconstruct(Pass):
         program.eval()
         dense = _placed(context.dense, context.device).eval()
         operations, notes = self._ahead(dense, context)
-        details: dict[str, Any] = {"notes": notes} if notes else {}
+        details: dict[str, Any] = {}
         changed: set[str] = set()
         with placed(program, context.device), torch.no_grad():
             ahead = [operations] * self.rounds * (operations > 0)
@@ -132,7 +133,7 @@ class Reconstruct(Pass):
                     details.setdefault("lookahead", []).append(told)
                 else:
                     details |= told
-        return Outcome(len(changed), skips, details)
+        return Outcome(len(changed), skips, details, tuple(notes))
 
     def _ahead(self, dense: Program, context: Context) -> tuple[int, list[str]]:
         """Return how many operations to look ahead, and a note if that is none for its price."""
@@ -160,8 +161,10 @@ class Reconstruct(Pass):
         same = {field.name: getattr(self, field.name) for field in fields(Settings)}
         settings = Settings(**{**same, "lookahead": lookahead})
         half = int(self.memory_gib * GIB / 2)
+        only = self._chosen(program)
+        chosen = None if only is None else only.__contains__
         with Store(half) as store:
-            task = Reconstruction(program, dense, settings, store, context.device, self._chosen)
+            task = Reconstruction(program, dense, settings, store, context.device, chosen)
             size = fixed_batch(program) or min(
                 self.batch_size, task.most_samples(half), self._quick(program, lookahead)
             )
@@ -182,9 +185,12 @@ class Reconstruct(Pass):
         """The samples of a batch that run fastest; curvature needs many, moments do not."""
         return self.batch_size if lookahead else max(QUICK // activation_bytes(program), 1)
 
-    def _chosen(self, weight: str) -> bool:
-        names = weight, weight.rpartition(".")[0]
-        return not self.only or any(fnmatchcase(name, glob) for name in names for glob in self.only)
+    def _chosen(self, program: Program) -> frozenset[str] | None:
+        """The weights that ``only`` names; None for all."""
+        if not self.only:
+            return None
+        names = {layer.weight: names_of_tensor(layer.weight) for layer in layers(program)}
+        return select_any(self.only, names, "reconstruct{only}", "layer")
 
     def _enter(self, task: Reconstruction, context: Context, size: int, program: Program) -> int:
         """Hand over the samples; returns how many."""

@@ -26,8 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,12 +34,13 @@ from torch import Tensor
 from fxprune.calibration.outputs import logits_of
 from fxprune.calibration.running import fixed_batch, placed
 from fxprune.data.batches import batches
-from fxprune.errors import InputError, PostconditionError
+from fxprune.errors import PostconditionError
 from fxprune.graph.cost import cost
 from fxprune.graph.facts import MASKS, REMOVED
 from fxprune.graph.program import Program
 from fxprune.pipeline.context import Context
-from fxprune.pipeline.contract import Facts, Outcome, Pass
+from fxprune.pipeline.contract import Facts, Outcome, Pass, ReportTable
+from fxprune.pipeline.patterns import select_any
 from fxprune.planning.blocks import Gone, Shift, remove_blocks
 from fxprune.planning.budget import Target
 from fxprune.structure.branches import Branch, find_branches, silence_error
@@ -76,39 +76,44 @@ class RemoveBlocks(Pass):
         """Remove; changes counts branches."""
         dense = context.dense or program
         limit = Target.of("macs", self.macs).limit(cost(dense).macs)
-        self._check_patterns(program)
+        protected = self._protected(program)
         if cost(program).macs <= limit:
             return Outcome()
         program.eval()
         before = program.copy(share=True)
         with placed(program, context.device), torch.no_grad():
-            gone = tuple(self._removed(program, context, limit))
+            gone = tuple(self._removed(program, context, limit, protected))
         error = _checked(before, program, gone)
         told = [asdict(one) for one in gone]
-        details = {"blocks": told, "zero_then_remove": error, "tables": [_table(gone)]}
-        return Outcome(len(gone), details=details)
+        details = {"blocks": told, "zero_then_remove": error}
+        return Outcome(len(gone), details=details, tables=(_table(gone),))
 
-    def _check_patterns(self, program: Program) -> None:
-        branches = find_branches(program)
-        for pattern in self.protect:
-            if not any(_matches(pattern, branch) for branch in branches):
-                there = ", ".join(branch.title for branch in branches[:5])
-                raise InputError(
-                    f"remove-blocks protects '{pattern}', and no residual branch has that name; "
-                    f"there are {there or 'none'}{', ...' * (len(branches) > 5)}"
-                )
+    def ensures(
+        self, program: Program, context: Context, outcome: Outcome
+    ) -> Iterator[tuple[str, bool]]:
+        """The budget is met."""
+        limit = Target.of("macs", self.macs).limit(cost(context.dense or program).macs)
+        met = context.dense is None or cost(program).macs <= limit
+        yield f"at most {limit:,.0f} multiply-accumulates remain", met
 
-    def _removed(self, program: Program, context: Context, limit: float) -> Iterator[Gone]:
+    def _protected(self, program: Program) -> frozenset[str]:
+        names = {branch.add.name: _names(branch) for branch in find_branches(program)}
+        return select_any(self.protect, names, "remove-blocks{protect}", "residual branch")
+
+    def _removed(
+        self, program: Program, context: Context, limit: float, protected: frozenset[str]
+    ) -> Iterator[Gone]:
         shift = self._shift(program, context)
         whole = cost(program).macs
-        tracked = remove_blocks(program, limit, shift, self._allows)
+
+        def allows(branch: Branch) -> bool:
+            return branch.add.name not in protected
+
+        tracked = remove_blocks(program, limit, shift, allows)
         for one in context.progress.track(tracked, "removing residual branches"):
             left = f"{one.macs / whole:.0%} of the multiply-accumulates left"
             context.progress.say(f"removed {one.title}: {left}")
             yield one
-
-    def _allows(self, branch: Branch) -> bool:
-        return not any(_matches(pattern, branch) for pattern in self.protect)
 
     def _shift(self, program: Program, context: Context) -> Shift:
         """How far outputs are from this program's, relative to their mean square."""
@@ -131,9 +136,8 @@ def _distance(left: Tensor, right: Tensor) -> float:
     return float((left.double() - right.double()).square().sum())
 
 
-def _matches(pattern: str, branch: Branch) -> bool:
-    names = (branch.module, branch.add.name, *branch.weights)
-    return any(fnmatchcase(name, pattern) for name in names)
+def _names(branch: Branch) -> tuple[str, ...]:
+    return branch.module, branch.add.name, *branch.weights
 
 
 def _checked(before: Program, after: Program, gone: tuple[Gone, ...]) -> float:
@@ -149,8 +153,8 @@ def _checked(before: Program, after: Program, gone: tuple[Gone, ...]) -> float:
     return error
 
 
-def _table(gone: tuple[Gone, ...]) -> dict[str, Any]:
+def _table(gone: tuple[Gone, ...]) -> ReportTable:
     """What went, for the report."""
-    rows = [[one.title, f"{len(one.weights)}", f"{one.macs:,}", f"{one.shift:.3g}"] for one in gone]
-    columns = ["block", "tensors", "MACs left", "output moved by"]
-    return {"title": "Residual branches that went, in order", "columns": columns, "rows": rows}
+    rows = [(one.title, f"{len(one.weights)}", f"{one.macs:,}", f"{one.shift:.3g}") for one in gone]
+    columns = "branch", "tensors", "MACs left", "output change"
+    return ReportTable("Residual branches removed, in order", columns, tuple(rows))

@@ -13,7 +13,7 @@ only the implants stay in the plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -52,6 +52,12 @@ class RemoveChannels(Pass):
         }
         program.put(PLAN, replace(plan, remove={}, implant=implant))
         return Outcome(removed, details={"groups": len(plan.remove)})
+
+    def ensures(
+        self, program: Program, context: Context, outcome: Outcome
+    ) -> Iterator[tuple[str, bool]]:
+        """The plan has nothing left to remove."""
+        yield "no planned unit is left", not program.get(PLAN).remove
 
 
 def _renumbered(units: Sequence[int], removed: Sequence[int]) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,6 +32,7 @@ from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
+from fxprune.pipeline.patterns import select_any, tensor_names
 from fxprune.reconstruction.masks import (
     blocked,
     blocks_of,
@@ -107,10 +107,12 @@ class Sparsify(Pass):
     def _choose(self, program: Program, skips: list[Skip]) -> Iterator[Layer]:
         """The layers that are masked; says of the others why not."""
         blocks = blocks_of(self.pattern)
+        protected = select_any(
+            self.protect, tensor_names(program), "sparsify{protect}", "weight or module"
+        )
         for layer in layers(program):
             inputs = program.tensor(layer.weight).shape[input_axis(layer)]
-            names = layer.weight, layer.weight.rpartition(".")[0]
-            if any(fnmatchcase(name, glob) for name in names for glob in self.protect):
+            if layer.weight in protected:
                 skips.append(Skip(layer.node.name, "protected by the user"))
             elif blocks and inputs % blocks[1]:
                 reason = f"its {inputs} inputs per group are no multiple of {blocks[1]}"

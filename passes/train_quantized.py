@@ -22,22 +22,22 @@ if there is no data to calibrate or train on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from fxprune.graph.facts import CALIBRATED, MASKS, OBSERVED, REMOVED
 from fxprune.graph.program import Program
 from fxprune.pipeline.context import Context
-from fxprune.pipeline.contract import Facts, Outcome, Pass
+from fxprune.pipeline.contract import Facts, Outcome, Pass, ReportTable
 from fxprune.quantization.bias import correct_biases
 from fxprune.quantization.fake_quantizers import remeasure, settle, sites, walk
 from fxprune.quantization.layer_costs import rounding_costs
 from fxprune.quantization.observers import Method
 from fxprune.quantization.recovery import recover
-from fxprune.quantization.rounding import round_weights, told
+from fxprune.quantization.rounding import round_weights, to_details
 from fxprune.quantization.scales import learned_scales
-from fxprune.training.guarding import guarded
+from fxprune.training.guarding import Guarded, guarded
 from fxprune.training.loop import Epoch, Schedule, train
 
 
@@ -96,20 +96,28 @@ class TrainQuantized(Pass):
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Calibrate and train; changes counts fake-quantisers."""
-        details: dict[str, Any] = {}
-        if self.recover:
-            details |= self._recover(program, context)
-        count, found = self._calibrate(program, context)
-        details |= found
+        parts = [self._recover(program, context)] if self.recover else []
+        count, details = self._calibrate(program, context)
+        parts.append(Outcome(details=details))
         if self.epochs > 0:
             trained = self._train(program, context)
-            trained["notes"] = [*details.get("notes", []), *trained.get("notes", [])]
-            details |= trained
+            parts.append(Outcome(details=trained.to_details(), notes=trained.notes))
         if self.sensitivity and not self.recover:
             costs = rounding_costs(program, context, self.samples, self.batch_size)
-            details |= {"sensitivity": costs, "tables": [_table(costs)]}
+            parts.append(Outcome(details={"sensitivity": costs}, tables=(_table(costs),)))
         program.put(CALIBRATED, program.get(OBSERVED))
-        return Outcome(count, details=details)
+        return Outcome(
+            count,
+            details={name: value for part in parts for name, value in part.details.items()},
+            notes=tuple(note for part in parts for note in part.notes),
+            tables=tuple(table for part in parts for table in part.tables),
+        )
+
+    def ensures(
+        self, program: Program, context: Context, outcome: Outcome
+    ) -> Iterator[tuple[str, bool]]:
+        """Every observer became a fake-quantizer."""
+        yield "no observer is left", not sites(program)
 
     def _calibrate(self, program: Program, context: Context) -> tuple[int, dict[str, Any]]:
         """Turn observers into fake-quantisers; returns how many, and what else was done."""
@@ -120,12 +128,13 @@ class TrainQuantized(Pass):
         exact = program.copy(share=True)  # keeps the tensors that are replaced from here on
         if self.rounding == "adaptive":
             size = self.samples, self.batch_size
-            details |= told(round_weights(program, context, *size, means=self.bias_correction))
+            rounded = round_weights(program, context, *size, means=self.bias_correction)
+            details |= to_details(rounded)
         if self.bias_correction:
             details["corrected"] = correct_biases(program, exact, context, self.samples)
         return count, details
 
-    def _recover(self, program: Program, context: Context) -> dict[str, Any]:
+    def _recover(self, program: Program, context: Context) -> Outcome:
         def calibrate(trial: Program) -> None:
             self._calibrate(trial, context)
 
@@ -137,15 +146,14 @@ class TrainQuantized(Pass):
             note += f", and {found.gaps[-1]:.2f} % with these layers in floating point: {left}"
         if found.gaps[0] - found.gaps[-1] < min(self.recover, found.gaps[0]):
             note += f"; that is less than the {self.recover:g} points asked for"
-        return {
+        details = {
             "sensitivity": dict(found.costs),
             "floats": list(found.weights),
             "disagreement": list(found.gaps),
-            "tables": [_table(found.costs, found.weights)],
-            "notes": [note],
         }
+        return Outcome(0, (), details, (note,), (_table(found.costs, found.weights),))
 
-    def _train(self, program: Program, context: Context) -> dict[str, Any]:
+    def _train(self, program: Program, context: Context) -> Guarded:
         schedule = Schedule(
             self.epochs, self.lr, self.optimizer, weight_decay=self.weight_decay,
             batch_size=self.batch_size, distill=self.distill, temperature=self.temperature,
@@ -161,15 +169,15 @@ class TrainQuantized(Pass):
             with learned_scales(program):
                 return train(program, part, schedule)
 
-        return guarded(program, context, schedule, self.held_out, learn).told()
+        return guarded(program, context, schedule, self.held_out, learn)
 
 
-def _table(costs: Mapping[str, float], floats: Collection[str] = ()) -> dict[str, Any]:
+def _table(costs: Mapping[str, float], floats: Collection[str] = ()) -> ReportTable:
     """Rounding errors by layer, for the report."""
     whole = sum(costs.values()) or 1.0
     rows = [
-        [name, f"{cost:.2e}", f"{100 * cost / whole:.1f} %", "FP32" if name in floats else "INT8"]
+        (name, f"{cost:.2e}", f"{100 * cost / whole:.1f} %", "FP32" if name in floats else "INT8")
         for name, cost in costs.items()
     ]
-    columns = ["layer", "rise of the loss", "share", "runs as"]
-    return {"title": "What rounding costs, to second order", "columns": columns, "rows": rows}
+    columns = "layer", "rise of the loss", "share", "runs as"
+    return ReportTable("What rounding costs, to second order", columns, tuple(rows))

@@ -49,7 +49,6 @@ def test_every_removable_group_has_scores_and_the_graph_stays() -> None:
     assert {name: len(scores) for name, scores in found.scores.items()} == removable
     assert {name: len(errors) for name, errors in found.errors.items()} == removable
     assert found.details["probes"] == 16
-    assert outcome.details is not None
     assert outcome.details["criterion"] == found.criterion
 
 
@@ -186,9 +185,8 @@ def test_gauss_newton_or_what_comes_nearest_takes_every_kind_of_model(
     (scores,) = found.scores.values()
     assert scores.isfinite().all()
     assert (scores > 0).all()
-    assert outcome.details is not None
     assert outcome.details["criterion"] == used
-    notes = outcome.details.get("notes", [])
+    notes = outcome.notes
     assert len(notes) == (0 if reason is None else 1)
     assert reason is None or (reason in notes[0] and f"{used} instead of gauss-newton" in notes[0])
 

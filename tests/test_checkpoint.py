@@ -12,7 +12,7 @@ from fxprune.graph.facts import SENSITIVITY, Plan, Sensitivity
 from fxprune.graph.program import Program
 from fxprune.graph.trace import trace
 from fxprune.passes import AnnotateSensitivity, RemoveChannels
-from fxprune.pipeline.contract import Outcome, Skip
+from fxprune.pipeline.contract import Outcome, ReportTable, Skip
 from fxprune.pipeline.driver import Entry
 from fxprune.run.checkpoint import FOLDER, Checkpoint, Journal, fingerprint, resumable
 
@@ -28,8 +28,11 @@ def journal(program: Program) -> Journal:
     program.put(SENSITIVITY, Sensitivity("l2", {"a": torch.arange(200).flip(0) / 2.0}))
     found = Journal()
     annotate, remove = AnnotateSensitivity(), RemoveChannels()
-    skips = (Skip("b", "no score"),)
-    found.add(annotate, Entry(str(annotate), 1.5, Outcome(0, skips), COST, COST), program, None)
+    table = ReportTable("scores", ("group", "mean"), (("a", "1.0"),))
+    outcome = Outcome(
+        0, (Skip("b", "no score"),), {"samples": 3}, ("few samples",), (table,), {"macs": 1.5}
+    )
+    found.add(annotate, Entry(str(annotate), 1.5, outcome, COST, COST), program, None)
     plan = Plan({"a": (1, 5, 6), "c": ()})
     found.add(remove, Entry(str(remove), 0.5, Outcome(3), COST, COST), program, plan)
     return found

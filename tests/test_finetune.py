@@ -22,7 +22,6 @@ def test_trains_and_keeps_the_graph_and_the_masks() -> None:
     assert graph_text(program) == before
     assert MASKS.name in program.facts
     assert outcome.changes == 6
-    assert outcome.details is not None
     losses = [epoch["loss"] for epoch in outcome.details["epochs"]]
     assert len(losses) == 8
     assert losses[-1] < losses[0]
@@ -56,6 +55,5 @@ def test_begins_where_evaluation_is() -> None:
 
 
 def _epochs(outcome: Outcome) -> list[dict[str, float]]:
-    assert outcome.details is not None
     found: list[dict[str, float]] = outcome.details["epochs"]
     return found

@@ -26,8 +26,8 @@ def test_harm_is_undone() -> None:
     assert list(found.losses) == list(SHARES)
     after = program.graph_module.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    (note,) = found.told()["notes"]
-    assert note.startswith("training: 0% of the way was kept")
+    (note,) = found.notes
+    assert note.startswith("fine-tuning: kept the weights 0% of the way")
 
 
 def test_what_is_kept_has_the_loss_that_is_told() -> None:
@@ -49,4 +49,5 @@ def test_what_is_kept_has_the_loss_that_is_told() -> None:
 def test_few_samples_judge_nothing(share: float) -> None:
     program = trace(network(), task()[0][:2])
     found = guarded(program, context(), PLAIN, share, lambda part: train(program, part, PLAIN))
-    assert set(found.told()) == {"epochs"}
+    assert set(found.to_details()) == {"epochs"}
+    assert found.notes == ()

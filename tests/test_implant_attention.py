@@ -152,7 +152,6 @@ def test_the_error_of_values_is_the_sum_of_the_discarded_squares(bias: bool) -> 
     expected = program(X.double())
     outcome = ImplantAttention(rank=0.25, products="value", round_to=1)(program, double())
     assert outcome.changes == 1
-    assert outcome.details is not None
     (told,) = outcome.details["products"]
     assert (told["product"], told["rank"], told["of"]) == ("value", 4, 16)
     error = (program(X.double()) - expected).square().sum(-1).mean()
@@ -200,7 +199,6 @@ def test_a_product_of_low_rank_is_found_and_cut_without_loss() -> None:
     expected = program(X)
     outcome = ImplantAttention(unexplained=1e-9, round_to=1)(program, CONTEXT)
     assert outcome.changes == 1
-    assert outcome.details is not None
     assert outcome.details["products"][0]["rank"] == 3
     assert relative_error(program(X), expected) < 1e-4
 

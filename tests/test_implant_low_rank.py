@@ -87,7 +87,6 @@ def test_two_operators_and_a_concat() -> None:
     assert relative_error(program(X), before) < 0.5
     saved = 4 * 8 * 8 * 64  # outputs, inputs, taps saved, positions
     assert cost(program).macs == dense.macs - saved
-    assert outcome.details is not None
     (told,) = outcome.details["implants"]
     assert (told["layer"], told["kind"], told["outputs"]) == ("one.weight", "pointwise", 4)
     assert 0 < told["unexplained"] < 1

@@ -45,7 +45,6 @@ def test_a_convolution_and_its_relu_have_codes_before_and_after() -> None:
         """,  # noqa: E501
     )  # fmt: skip
     assert (outcome.changes, outcome.skips) == (3, ())
-    assert outcome.details is not None
     assert (outcome.details["layers"], outcome.details["others"]) == (1, 0)
 
 
@@ -104,7 +103,7 @@ def test_declines_a_convolution_with_a_norm_behind_it() -> None:
 def test_depthwise_convolutions_are_left_if_asked_for(depthwise: bool) -> None:
     program = trace(nn.Conv2d(3, 6, 3, groups=3), IMAGE)
     outcome = InsertObservers(depthwise=depthwise)(program, Context())
-    reason = "depthwise convolutions are to stay in floating point"
+    reason = "depthwise convolutions are to stay in FP32 (option depthwise)"
     assert outcome.skips == (() if depthwise else (Skip("conv2d", reason),))
     assert outcome.changes == (3 if depthwise else 0)
 
@@ -148,9 +147,8 @@ def test_layers_that_lose_by_int8_are_left_and_named(
     assert set(program.get(OBSERVED).layers.values()) == {
         "stem.weight", "down.weight", "left.weight", "right.weight",
     }  # fmt: skip
-    assert outcome.details is not None
-    (table,) = outcome.details["tables"]
-    assert table["rows"][0][1:] == ["30.0", "10.0", "FP32"]
+    (table,) = outcome.tables
+    assert table.rows[0][1:] == ("30.0", "10.0", "FP32")
 
 
 def test_a_slower_layer_stays_in_int8_where_conversions_cost_more(

@@ -156,7 +156,6 @@ def test_plans_for_a_latency_on_this_host() -> None:
     program = scored()
     small = program.copy()
     outcome = PlanChannels(latency="50%", tolerance=0.1)(small, Context(dense=program))
-    assert outcome.details is not None
     told = outcome.details["latency"]
     assert small.get(PLAN).predicted == {"latency_ms": told["predicted_ms"]}
     assert outcome.details["limits"]["latency_ms"] == pytest.approx(told["dense_ms"] / 2)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.errors import FxpruneError, InputError, OrderError, PreconditionError
+from fxprune.errors import (
+    FxpruneError,
+    InputError,
+    OrderError,
+    PostconditionError,
+    PreconditionError,
+)
+from fxprune.graph.facts import MASKS, Masks
 from fxprune.graph.program import Fact, Program
 from fxprune.graph.trace import trace
 from fxprune.passes import FoldBatchNorm, RecalibrateNorms, Reconstruct
@@ -109,7 +117,7 @@ def test_a_deciding_pass_keeps_the_facts_before_it() -> None:
 
 
 def test_a_pass_alone_checks_its_facts(program: Program) -> None:
-    with pytest.raises(PreconditionError, match="plan needs score"):
+    with pytest.raises(PreconditionError, match="plan reads score, which"):
         Plan()(program, Context())
 
 
@@ -168,3 +176,41 @@ def test_passes_that_try_plans_get_quick_forms_of_those_that_restore_accuracy(
     with contextlib.suppress(InputError):  # there is no data to re-fit on
         Pipeline([Trying(), norms, FoldBatchNorm(), layers]).run(program)
     assert seen == [(RecalibrateNorms(samples=256), Reconstruct(samples=100))]
+
+
+def test_what_a_pass_ensures_is_checked(program: Program) -> None:
+    @dataclass(frozen=True)
+    class Promise(Shift):
+        def ensures(
+            self, program: Program, context: Context, outcome: Outcome
+        ) -> Iterator[tuple[str, bool]]:
+            yield "the first bias is small", float(program.tensor("bias").detach()[0].abs()) < 100
+
+    assert Promise(by=1.0)(program, Context()).changes == 1
+    with pytest.raises(
+        PostconditionError, match=r"shift did not do .* \(the first bias is small\)"
+    ):
+        Promise(by=1000.0)(program, Context())
+
+
+def test_a_pass_that_records_no_fact_is_caught(program: Program) -> None:
+    @dataclass(frozen=True)
+    class Forgets(Shift):
+        gives: ClassVar[Facts] = frozenset({SCORE})
+
+    with pytest.raises(PostconditionError, match="it records the fact score"):
+        Forgets()(program, Context())
+
+
+def test_masked_weights_stay_zero(program: Program) -> None:
+    with torch.no_grad():
+        program.tensor("bias").zero_()
+    program.put(MASKS, Masks({"bias": torch.tensor([True, False])}, "half"))
+
+    @dataclass(frozen=True)
+    class Keeps(Shift):
+        keeps: ClassVar[Facts] = frozenset({MASKS})
+
+    assert Keeps(by=0.0)(program, Context()).changes == 1
+    with pytest.raises(PostconditionError, match="masked weights of bias at zero"):
+        Keeps(by=1.0)(program, Context())

@@ -112,7 +112,6 @@ def test_what_is_left_comes_nearer_to_the_dense_model(tensor: str) -> None:
     assert solved < 0.8 * torn
     assert outcome.changes > 0
     assert REMOVED.name in program.facts
-    assert outcome.details is not None
     for layer in outcome.details["layers"]:
         assert layer["after"] <= layer["before"]
 
@@ -124,7 +123,6 @@ def test_looking_ahead_comes_nearer_still() -> None:
     Reconstruct(batch_size=80)(program, context)
     outcome = Reconstruct(batch_size=80, lookahead=12, rounds=2)(other, context)
     assert apart(other, context) < 0.97 * apart(program, context)
-    assert outcome.details is not None
     assert len(outcome.details["lookahead"]) == 2
     steps = [layer for told in outcome.details["lookahead"] for layer in told["layers"]]
     assert all(layer["after"] <= layer["before"] for layer in steps)
@@ -135,12 +133,12 @@ def test_looks_ahead_by_itself_where_that_takes_minutes(monkeypatch: pytest.Monk
     program, context = given(Net())
     removed(program, "stem.weight", [0, 3, 5])
     step = Reconstruct(samples=80, steps=1, lookahead="auto")
-    (told,) = (step(program.copy(), context).details or {})["lookahead"]
+    (told,) = step(program.copy(), context).details["lookahead"]
     assert told["layers"]
     monkeypatch.setattr("fxprune.passes.reconstruct.AFFORDABLE", 1e3)
-    details = step(program, context).details or {}
-    assert "lookahead" not in details
-    (note,) = details["notes"]
+    outcome = step(program, context)
+    assert "lookahead" not in outcome.details
+    (note,) = outcome.notes
     assert "reconstruct{lookahead=12}" in note
 
 
@@ -166,7 +164,6 @@ def test_activations_may_lie_on_disk() -> None:
         program, context = given(Net())
         removed(program, "stem.weight", [0, 3, 5])
         outcome = Reconstruct(samples=64, batch_size=1, memory_gib=memory)(program, context)
-        assert outcome.details is not None
         assert (outcome.details["spilled_gib"] > 0) == (memory == 0)
         results.append(program(X))
     assert torch.equal(*results)
@@ -252,7 +249,6 @@ def test_only_what_is_named_is_mended() -> None:
     Sparsify(pattern="uniform", sparsity=0.6)(program, context)
     before = {name: t.clone() for name, t in program.graph_module.state_dict().items()}
     outcome = Reconstruct(samples=64, only=("plain", "head.*"))(program, context)
-    assert outcome.details is not None
     told = [layer["layer"] for layer in outcome.details["layers"]]
     assert told == ["plain.weight", "head.weight"]
     after = program.graph_module.state_dict()
@@ -267,7 +263,6 @@ def test_batches_shrink_to_the_memory() -> None:
         Sparsify(pattern="uniform", sparsity=0.6)(program, context)
         step = Reconstruct(samples=32, lookahead=3, steps=1, only=("mix",), memory_gib=memory)
         outcome = step(program, context)
-        assert outcome.details is not None
         (told,) = outcome.details["lookahead"]
         assert told["samples"] == 32
         sizes.append(told["batch_size"])
@@ -281,7 +276,6 @@ def test_the_settings_of_the_paper() -> None:
     paper = Reconstruct(lookahead=8, solver="paper", curvature="newton", batch_size=100, steps=4)
     outcome = paper(program, context)
     assert apart(program, context) < 0.8 * torn
-    assert outcome.details is not None
     assert "layers" not in outcome.details  # there is no round of least squares
     for name, tensor in program.graph_module.state_dict().items():
         if name not in program.get(MASKS).keep:

@@ -56,7 +56,6 @@ def test_the_branch_that_matters_least_goes_first() -> None:
     program = trace(network(), X[:2])
     dense = cost(program).macs
     outcome = RemoveBlocks(macs="60%")(program, context(program))
-    assert outcome.details is not None
     assert outcome.details["blocks"][0]["title"] == "3 (conv1, bn, conv2)"
     assert outcome.changes == len(outcome.details["blocks"])
     assert outcome.details["blocks"][-1]["macs"] == cost(program).macs <= 0.6 * dense
@@ -109,7 +108,7 @@ def test_what_is_protected_stays(pattern: str) -> None:
     ("step", "error", "reason"),
     [
         (RemoveBlocks(macs="1%"), BudgetError, "without any residual branch that may go"),
-        (RemoveBlocks(protect=("layer9",)), InputError, r"'layer9', and no .* 2 \(conv1, bn, conv"),
+        (RemoveBlocks(protect=("layer9",)), InputError, "no residual branch matches 'layer9'"),
     ],
 )
 def test_what_cannot_be_is_an_error(

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from fxprune.graph.cost import Cost
-from fxprune.pipeline.contract import Outcome, Skip
+from fxprune.pipeline.contract import Outcome, ReportTable, Skip
 from fxprune.pipeline.driver import Entry
 from fxprune.planning.search import Trial
 from fxprune.report.content import (
@@ -28,10 +28,10 @@ KEYS = {"before", "after", "target", "target_met", "passes", "checks", "groups",
 
 def report(*, met: bool = True, passed: bool = True) -> RunReport:
     skips = (Skip("add <3>", "its input is not a convolution"),)
-    rows = [[f"layer {number}", f"{number}.5"] for number in range(9)]
-    tables = [{"title": "Times <of layers>", "columns": ["layer", "us"], "rows": rows}]
+    rows = tuple((f"layer {number}", f"{number}.5") for number in range(9))
+    tables = (ReportTable("Times <of layers>", ("layer", "us"), rows),)
     details = {"loss": [float("nan"), np.float32(0.5)], "odd": object}
-    scored = Outcome(details={"tables": tables})
+    scored = Outcome(tables=tables, notes=("few samples",), predicted={"macs": 500.0})
     entries = (
         Entry("score{probes=8}", 1.25, scored, Cost(100, 1000, 400), Cost(100, 1000, 400)),
         Entry("cut", 0.5, Outcome(4, skips, details), Cost(100, 1000, 400), Cost(60, 500, 240)),
@@ -74,7 +74,11 @@ def test_json_has_the_stable_keys() -> None:
         "spec": "cut", "seconds": 0.5, "changes": 4, "params": 60, "macs": 500,
         "skipped": [{"node": "add <3>", "reason": "its input is not a convolution"}],
         "details": {"loss": [None, 0.5], "odd": "<class 'object'>"},
+        "notes": [], "tables": [], "predicted": {},
     }  # fmt: skip
+    assert content["passes"][0]["tables"][0]["rows"][8] == ["layer 8", "8.5"]
+    assert content["passes"][0]["notes"] == ["few samples"]
+    assert content["passes"][0]["predicted"] == {"macs": 500.0}
     assert content["checks"]["onnx_parity"] == {
         "ran": False, "passed": None, "value": None, "limit": None, "note": "not asked for",
     }  # fmt: skip

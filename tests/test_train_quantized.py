@@ -75,7 +75,6 @@ def test_training_lowers_the_loss_and_leaves_buffers(learn: bool) -> None:
     program, context = observed(reduce_range=True)
     step = TrainQuantized(epochs=4, lr=0.01, learn_scales=learn, batch_size=16, temperature=1.0)
     outcome = step(program, context)
-    assert outcome.details is not None
     losses = [epoch["loss"] for epoch in outcome.details["epochs"]]
     assert losses[-1] < losses[0]
     names = {name for name, _ in program.graph_module.named_parameters()}
@@ -125,18 +124,15 @@ def test_layers_are_left_in_floating_point_until_predictions_are_won_back(
     program, context = observed(reduce_range=True)
     before = set(program.get(OBSERVED).layers.values())
     outcome = TrainQuantized(recover=8.0)(program, context)
-    assert outcome.details is not None
     assert outcome.details["disagreement"] == [10.0, 6.0, 1.0]
     left = outcome.details["floats"]
     assert left
     assert set(program.get(CALIBRATED).layers.values()) == before - set(left)
     rounded = {site.value.target for site in fakes(program) if site.symmetric}
     assert rounded == before - set(left)
-    assert f"1.00 % with these layers in floating point: {', '.join(left)}" in str(
-        outcome.details["notes"]
-    )
-    (table,) = outcome.details["tables"]
-    assert {row[0] for row in table["rows"] if row[-1] == "FP32"} <= set(left)
+    assert f"1.00 % with these layers in floating point: {', '.join(left)}" in str(outcome.notes)
+    (table,) = outcome.tables
+    assert {row[0] for row in table.rows if row[-1] == "FP32"} <= set(left)
     assert error(program, context) < 0.15
 
 
@@ -144,9 +140,8 @@ def test_nothing_is_left_where_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(quantization_recovery, "disagreement", lambda *_: 0.0)
     program, context = observed(reduce_range=True)
     outcome = TrainQuantized(recover=1.0)(program, context)
-    assert outcome.details is not None
     assert outcome.details["floats"] == []
-    assert outcome.details["notes"] == ["rounding changes 0.00 % of predictions"]
+    assert outcome.notes == ("rounding changes 0.00 % of predictions",)
 
 
 def test_adaptive_rounding_keeps_to_the_range() -> None:
@@ -168,7 +163,6 @@ def test_adaptive_rounding_tells_what_it_won() -> None:
     with torch.no_grad():
         program.tensor("down.weight").mul_(keep)
     outcome = TrainQuantized(rounding="adaptive")(program, context)
-    assert outcome.details is not None
     shares = outcome.details["error_of_nearest"]
     assert shares["down.weight"] == 1
     assert all(share <= 1 for share in shares.values())
@@ -180,6 +174,5 @@ def test_adaptive_rounding_tells_what_it_won() -> None:
 def test_training_keeps_the_point_of_least_held_out_loss() -> None:
     program, context = observed(reduce_range=True)
     outcome = TrainQuantized(epochs=1, lr=5.0, held_out=0.4, batch_size=16)(program, context)
-    assert outcome.details is not None
     assert outcome.details["kept"] < 1
-    assert "held-out" in outcome.details["notes"][0]
+    assert "validation loss" in outcome.notes[0]

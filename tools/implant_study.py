@@ -59,7 +59,7 @@ def cut(study: Study, target: str, ratio: float | str, seed: int) -> Program:
 def implant(study: Study, program: Program, seed: int) -> list[str]:
     """Put the planned implants in; returns their kinds."""
     done = ImplantLowRank(samples=256, positions=32768)(program, study.context(seed))
-    return [told["kind"] for told in (done.details or {}).get("implants", [])]
+    return [told["kind"] for told in done.details.get("implants", [])]
 
 
 @functools.cache

@@ -66,7 +66,7 @@ def budgets(program: Program, bench: Bench) -> Iterator[list[str]]:
             yield [asked, "refused", str(error), "", "", "", f"{time.perf_counter() - start:.0f}"]
             continue
         seconds = f"{time.perf_counter() - start:.0f}"
-        told = (outcome.details or {})["latency"]
+        told = outcome.details["latency"]
         share = float(options["latency"].rstrip("%")) / 100
         measured = bench.measure(small)
         used = f"{measured / (share * bench.dense_ms):.1%}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import MISSING, Field, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, final
 
-from fxprune.errors import PreconditionError
+from fxprune.errors import PostconditionError, PreconditionError
+from fxprune.graph.facts import MASKS
 from fxprune.graph.program import Fact, Program
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.values import show
@@ -23,20 +25,34 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class ReportTable:
+    """What a pass found, as a table for the report: every row has one text per column."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a pass did.
 
     Attributes:
         changes: how many places it changed.
         skips: the places it declined.
-        details: anything else worth a line in the report, as plain values (str, int, float,
-            bool, None, and lists and dicts of them).
+        details: figures for report.json, as plain values; nothing in fxprune reads them.
+        notes: sentences for the user, such as a departure from what was asked.
+        tables: what the report shows of the pass.
+        predicted: the costs that the pass expects of the final program, by quantity.
 
     """
 
     changes: int = 0
     skips: tuple[Skip, ...] = ()
-    details: dict[str, Any] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    tables: tuple[ReportTable, ...] = ()
+    predicted: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,15 @@ class Pass(ABC):
     def run(self, program: Program, context: Context) -> Outcome:
         """Rewrite the program in place, or record a fact on it."""
 
+    def ensures(
+        self, program: Program, context: Context, outcome: Outcome
+    ) -> Iterator[tuple[str, bool]]:
+        """Yield what holds of the program after ``run``: a statement, and whether it is true.
+
+        Every call of the pass checks them, so they must be cheap: no model is run.
+        """
+        yield from ()
+
     def for_trials(self) -> Pass | None:
         """Return a quick form of this pass if it restores accuracy after removal, else None.
 
@@ -72,20 +97,35 @@ class Pass(ABC):
 
         Raises:
             PreconditionError: a fact that the pass reads is not there.
-            PostconditionError: the pass left a program that does not verify.
+            PostconditionError: the pass left a program that does not verify, or one of which
+                something that the pass ensures is not true.
 
         """
         missing = sorted(fact.name for fact in self.needs if fact.name not in program.facts)
         if missing:
             raise PreconditionError(
-                f"{self.name} needs {', '.join(missing)}; run the pass that gives it first"
+                f"{self.name} reads {', '.join(missing)}, which the program does not have; run the "
+                "pass that records it first"
             )
         outcome = self.run(program, context)
         if outcome.changes:
             survivors = {fact.name for fact in self.keeps | self.gives}
             program.facts = {k: v for k, v in program.facts.items() if k in survivors}
         program.verify()
+        self._check_promises(program, context, outcome)
         return outcome
+
+    def _check_promises(self, program: Program, context: Context, outcome: Outcome) -> None:
+        """Fail unless the program is what the pass promises."""
+        given = [(f"it records the fact {f.name}", f.name in program.facts) for f in self.gives]
+        given = given if outcome.changes else []
+        promised = [*given, *_masks_hold(program), *self.ensures(program, context, outcome)]
+        broken = [statement for statement, holds in promised if not holds]
+        if broken:
+            raise PostconditionError(
+                f"{self.name} did not do what it promises ({broken[0]}); leave it out of the "
+                "pipeline, and please report this with the model"
+            )
 
     def __str__(self) -> str:
         changed = [
@@ -94,6 +134,17 @@ class Pass(ABC):
             if (value := getattr(self, field.name)) != default_of(field)
         ]
         return f"{self.name}{{{','.join(changed)}}}" if changed else self.name
+
+
+def _masks_hold(program: Program) -> Iterator[tuple[str, bool]]:
+    """Yield for every mask that its weights are still zero, as facts promise to later passes."""
+    masks = program.facts.get(MASKS.name)
+    stored = program.graph_module.state_dict() if masks is not None else {}
+    for name, keep in masks.keep.items() if masks is not None else ():
+        weight = stored.get(name)
+        if weight is not None and weight.shape == keep.shape:
+            holds = not bool(weight[~keep.to(weight.device)].any())
+            yield f"it keeps the masked weights of {name} at zero", holds
 
 
 def default_of(field: Field[Any]) -> object:

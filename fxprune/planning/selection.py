@@ -1,14 +1,12 @@
-"""Name patterns: which groups a user means."""
+"""Which groups may lose units, by their scores and by what the user names."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 
-from fxprune.errors import InputError
 from fxprune.graph.facts import Sensitivity
 from fxprune.pipeline.contract import Skip
+from fxprune.pipeline.patterns import names_of_tensor, select, select_any
 from fxprune.structure.groups import Group
 
 
@@ -16,44 +14,18 @@ def names_of(group: Group) -> tuple[str, ...]:
     """Return what a group answers to: its own name, its slots, their tensors and modules."""
     found = [group.name]
     for slot in group.slots:
-        found += [str(slot), slot.tensor, slot.tensor.rpartition(".")[0]]
-    return tuple(dict.fromkeys(filter(None, found)))
+        found += [str(slot), *names_of_tensor(slot.tensor)]
+    return tuple(dict.fromkeys(found))
 
 
-def selected(pattern: str, groups: Sequence[Group]) -> frozenset[str]:
-    """Return the names of the groups that a pattern with ``*``, ``?`` and ``[]`` matches.
-
-    Raises:
-        InputError: it matches none; the message names the nearest.
-
-    """
-    found = frozenset(
-        group.name
-        for group in groups
-        if any(fnmatchcase(name, pattern) for name in names_of(group))
-    )
-    if not found:
-        raise InputError(f"no group matches '{pattern}'{_nearest(pattern, groups)}")
-    return found
-
-
-def selected_by_any(patterns: Iterable[str], groups: Sequence[Group]) -> frozenset[str]:
-    """Return the names of the groups that at least one pattern matches."""
-    return frozenset[str]().union(*(selected(pattern, groups) for pattern in patterns))
+def _by_name(groups: Sequence[Group]) -> dict[str, tuple[str, ...]]:
+    return {group.name: names_of(group) for group in groups}
 
 
 def shares(ratios: Mapping[str, float], groups: Sequence[Group]) -> dict[str, float]:
     """Return the numbers that patterns give to groups, by group name; the first pattern counts."""
-    pairs = [(selected(pattern, groups), ratio) for pattern, ratio in ratios.items()]
-    return {name: ratio for names, ratio in reversed(pairs) for name in names}
-
-
-def _nearest(pattern: str, groups: Sequence[Group]) -> str:
-    names = list(dict.fromkeys(name for group in groups for name in names_of(group)))
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4)
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return f"; there are {', '.join(names[:3])}, ..." if names else "; the program has no groups"
+    found = select(ratios, _by_name(groups), "plan-channels{ratios}", "group")
+    return {name: ratios[pattern] for pattern, names in reversed(found.items()) for name in names}
 
 
 def candidates(
@@ -67,7 +39,7 @@ def candidates(
         protect: name patterns of tensors, modules or groups that keep their shapes.
 
     """
-    protected = selected_by_any(protect, groups)
+    protected = select_any(protect, _by_name(groups), "plan-channels{protect}", "group")
     chosen, skips = [], []
     for group in groups:
         if group.frozen_because is not None:

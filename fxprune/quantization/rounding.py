@@ -170,7 +170,7 @@ def _settle(program: Program, job: _Job, fitted: Moments, judging: Moments, mean
     return Rounded(name, share, int((codes != nearest).count_nonzero()))
 
 
-def told(rounded: Sequence[Rounded]) -> dict[str, Any]:
+def to_details(rounded: Sequence[Rounded]) -> dict[str, Any]:
     """Return details for the report."""
     shares = torch.tensor([one.share for one in rounded])
     return {

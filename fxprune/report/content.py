@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fxprune.host import processor
+from fxprune.pipeline.contract import ReportTable
 from fxprune.pipeline.driver import Entry
 from fxprune.planning.budget import Target
 from fxprune.planning.search import Trial
@@ -157,10 +158,9 @@ class RunReport:
         return self.target_met is not False and not failed
 
     @property
-    def tables(self) -> list[dict[str, Any]]:
-        """The tables that passes left: each a title, columns, and rows of text."""
-        details = (entry.outcome.details or {} for entry in self.entries)
-        return [table for one in details for table in one.get("tables", [])]
+    def tables(self) -> tuple[ReportTable, ...]:
+        """The tables of all passes."""
+        return tuple(table for entry in self.entries for table in entry.outcome.tables)
 
     def content(self) -> dict[str, Any]:
         """Return what ``report.json`` holds."""
@@ -195,7 +195,10 @@ def _pass_content(entry: Entry) -> dict[str, Any]:
         "skipped": [asdict(skip) for skip in entry.outcome.skips],
         "params": entry.after.params,
         "macs": entry.after.macs,
-        "details": entry.outcome.details or {},
+        "notes": list(entry.outcome.notes),
+        "tables": [asdict(table) for table in entry.outcome.tables],
+        "predicted": dict(entry.outcome.predicted),
+        "details": dict(entry.outcome.details),
     }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from fxprune.onnx.benchmark import Latency
+from fxprune.pipeline.contract import ReportTable
 from fxprune.planning.search import Trial
 from fxprune.report.content import RunReport
 
@@ -70,17 +70,17 @@ def _passes(report: RunReport) -> Table:
     return table
 
 
-def _short(content: Mapping[str, Any]) -> RenderableType:
+def _short(content: ReportTable) -> RenderableType:
     """The first rows of a pass's table, under its title."""
-    rows = content["rows"]
+    rows = content.rows
     more = f" ({SHORT} of {len(rows)}, all in report.html)" if len(rows) > SHORT else ""
-    first, *rest = content["columns"]
+    first, *rest = content.columns
     table = Table(first, box=None, pad_edge=False)
     for name in rest:
         table.add_column(name, justify="right")
     for row in rows[:SHORT]:
         table.add_row(*map(Text, row))
-    return Group(Text(f"{content['title']}{more}"), table)
+    return Group(Text(f"{content.title}{more}"), table)
 
 
 def _trials(report: RunReport) -> Table:

@@ -18,7 +18,7 @@ from fxprune.graph import serialize
 from fxprune.graph.cost import Cost
 from fxprune.graph.facts import PLAN, REMOVED, SENSITIVITY, Plan, Sensitivity
 from fxprune.graph.program import Program
-from fxprune.pipeline.contract import Outcome, Pass, Skip
+from fxprune.pipeline.contract import Outcome, Pass, ReportTable, Skip
 from fxprune.pipeline.driver import Entry
 from fxprune.run.output import write_text
 
@@ -76,15 +76,21 @@ def _count(counts: dict[str, int], units: Mapping[str, Sequence[int]]) -> None:
 
 
 def _entry(content: dict[str, Any]) -> Entry:
-    outcome = content["outcome"]
-    skips = tuple(Skip(**skip) for skip in outcome["skips"])
+    outcome = dict(content["outcome"])
+    outcome["skips"] = tuple(Skip(**skip) for skip in outcome["skips"])
+    outcome["notes"] = tuple(outcome["notes"])
+    outcome["tables"] = tuple(_table(**table) for table in outcome["tables"])
     return Entry(
         content["spec"],
         content["seconds"],
-        Outcome(outcome["changes"], skips, outcome["details"]),
+        Outcome(**outcome),
         Cost(**content["before"]),
         Cost(**content["after"]),
     )
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> ReportTable:
+    return ReportTable(title, tuple(columns), tuple(map(tuple, rows)))
 
 
 def _curves(sensitivity: Sensitivity) -> dict[str, tuple[float, ...]]:

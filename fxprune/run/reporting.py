@@ -62,8 +62,7 @@ def _targets(
     job: Job, journal: Journal, before: Measures, after: Measures
 ) -> tuple[TargetEntry, ...]:
     """Compare the result with the targets, and with what the last plan predicted."""
-    details = [entry.outcome.details or {} for entry in journal.entries]
-    plans = [one["predicted"] for one in details if "predicted" in one]
+    plans = [entry.outcome.predicted for entry in journal.entries if entry.outcome.predicted]
     predicted = plans[-1] if plans else {}
     return tuple(
         TargetEntry.of(target, before, after, predicted.get(target.quantity))
@@ -91,9 +90,7 @@ def _group(group: Group, journal: Journal, small: Program) -> GroupEntry:
 def _notes(job: Job, journal: Journal, before: Evaluation) -> tuple[str, ...]:
     notes = list(job.data.notes) if job.data else []
     notes += [before.note] if before.note else []
-    for entry in journal.entries:
-        notes += (entry.outcome.details or {}).get("notes", [])
-    return tuple(notes)
+    return (*notes, *(note for entry in journal.entries for note in entry.outcome.notes))
 
 
 def _loss(job: Job, before: Evaluation, after: Evaluation) -> Iterator[str]:

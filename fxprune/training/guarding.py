@@ -47,20 +47,24 @@ class Guarded:
     losses: Mapping[float, float] | None = None
     kept: float = 1.0
 
-    def told(self) -> dict[str, Any]:
-        """Return details for the report."""
+    def to_details(self) -> dict[str, Any]:
+        """Return figures for the report."""
         details: dict[str, Any] = {"epochs": [asdict(epoch) for epoch in self.epochs]}
         if self.losses is None:
             return details
         losses = {f"{share:g}": loss for share, loss in self.losses.items()}
-        details |= {"held_out": self.held_out, "held_out_losses": losses, "kept": self.kept}
-        if self.kept < 1:
-            last, best = self.losses[1.0], self.losses[self.kept]
-            details["notes"] = [
-                f"training: {self.kept:.0%} of the way was kept, where the loss on "
-                f"{self.held_out:,} held-out samples is {best:.4g}; at its end it was {last:.4g}"
-            ]
-        return details
+        return details | {"held_out": self.held_out, "held_out_losses": losses, "kept": self.kept}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Say so if not the end of training was kept."""
+        if self.losses is None or self.kept == 1:
+            return ()
+        last, best = self.losses[1.0], self.losses[self.kept]
+        return (
+            f"fine-tuning: kept the weights {self.kept:.0%} of the way (validation loss {best:.4g} "
+            f"on {self.held_out:,} samples); the final weights were worse ({last:.4g})",
+        )
 
 
 def guarded(
