@@ -50,7 +50,7 @@ def shortcuts() -> tuple[Program, Context]:
 def observed(**options: object) -> tuple[Program, Context]:
     """The network with observers."""
     program, context = shortcuts()
-    InsertObservers(**options)(program, context)  # type: ignore[arg-type]
+    InsertObservers(**{"measure": False} | options)(program, context)  # type: ignore[arg-type]
     return program, context
 
 
@@ -87,7 +87,7 @@ def attention(**options: object) -> tuple[Program, Context]:
     x = 2 * torch.randn(64, 6, 8)
     program = trace(Attention(), x[:2])
     context = Context(Data(Arrays(x)), dense=program.copy())
-    InsertObservers(**options)(program, context)  # type: ignore[arg-type]
+    InsertObservers(**{"measure": False} | options)(program, context)  # type: ignore[arg-type]
     TrainQuantized(samples=64)(program, context)
     ConvertQuantized()(program, context)
     return program, context

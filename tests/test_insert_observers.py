@@ -27,7 +27,7 @@ IMAGE = torch.randn(2, 3, 8, 8)
 
 def test_a_convolution_and_its_relu_have_codes_before_and_after() -> None:
     outcome = check(
-        InsertObservers(reduce_range=True), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGE,
+        InsertObservers(reduce_range=True, measure=False), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGE,
         before="""
         input_1: 2x3x8x8 = input
         conv2d: 2x4x6x6 = conv2d(input_1, <0.weight 4x3x3x3>, <0.bias 4>)
@@ -62,7 +62,7 @@ def test_values_that_meet_in_a_concatenation_share_a_scale() -> None:
 
 def test_layers_named_by_a_pattern_stay_in_floating_point() -> None:
     program, context = shortcuts()
-    outcome = InsertObservers(fp32=("hidden*", "conv2d_3"))(program, context)
+    outcome = InsertObservers(fp32=("hidden*", "conv2d_3"), measure=False)(program, context)
     assert {skip.node for skip in outcome.skips} == {"linear", "conv2d_3"}
     weights = {site.key for site in sites(program) if site.symmetric}
     assert weights == {"stem.weight", "down.weight", "left.weight", "head.weight"}
@@ -83,7 +83,7 @@ class Shares(nn.Module):
 
 def declined(model: nn.Module, x: Tensor) -> dict[str, str]:
     program = trace(model, x)
-    outcome = InsertObservers()(program, Context())
+    outcome = InsertObservers(measure=False)(program, Context())
     return {skip.node: skip.reason for skip in outcome.skips}
 
 
@@ -102,7 +102,7 @@ def test_declines_a_convolution_with_a_norm_behind_it() -> None:
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_depthwise_convolutions_are_left_if_asked_for(depthwise: bool) -> None:
     program = trace(nn.Conv2d(3, 6, 3, groups=3), IMAGE)
-    outcome = InsertObservers(depthwise=depthwise)(program, Context())
+    outcome = InsertObservers(depthwise=depthwise, measure=False)(program, Context())
     reason = "depthwise convolutions are to stay in FP32 (option depthwise)"
     assert outcome.skips == (() if depthwise else (Skip("conv2d", reason),))
     assert outcome.changes == (3 if depthwise else 0)
@@ -141,7 +141,7 @@ def test_layers_that_lose_by_int8_are_left_and_named(
 ) -> None:
     pretend(lambda one: (30.0, 10.0) if one.kind == "linear" else (10.0, 30.0), 1.0)
     program, context = shortcuts()
-    outcome = InsertObservers(measure=True)(program, context)
+    outcome = InsertObservers()(program, context)
     assert {skip.node for skip in outcome.skips} == {"linear", "linear_1"}
     assert "30 us against 10 us in FP32 (0.33x)" in outcome.skips[0].reason
     assert set(program.get(OBSERVED).layers.values()) == {
@@ -159,10 +159,24 @@ def test_a_slower_layer_stays_in_int8_where_conversions_cost_more(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1)
     )
     program = trace(model, IMAGE)
-    assert InsertObservers(measure=True)(program, Context()).skips == ()
-    end = trace(nn.Sequential(model[2], model[3]), torch.randn(2, 8, 6, 6))
-    (skip,) = InsertObservers(measure=True)(end, Context()).skips
+    assert InsertObservers()(program, Context()).skips == ()
+    end = trace(
+        nn.Sequential(model[2], model[3], nn.Flatten(), nn.Linear(128, 4)), torch.randn(2, 8, 6, 6)
+    )
+    (skip,) = InsertObservers()(end, Context()).skips
     assert skip.node == "conv2d"
+
+
+def test_where_no_layer_gains_all_are_converted_and_a_note_says_so(
+    pretend: Callable[[Times, float], None],
+) -> None:
+    pretend(lambda _: (30.0, 10.0), 1.0)
+    program, context = shortcuts()
+    outcome = InsertObservers(reduce_range=False)(program, context)
+    assert outcome.skips == ()
+    assert len(program.get(OBSERVED).layers) == 6
+    (note,) = outcome.notes
+    assert "no layer is faster in INT8" in note
 
 
 def test_layers_and_conversions_are_timed(tmp_path: Path) -> None:
