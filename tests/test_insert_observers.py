@@ -27,7 +27,8 @@ IMAGE = torch.randn(2, 3, 8, 8)
 
 def test_a_convolution_and_its_relu_have_codes_before_and_after() -> None:
     outcome = check(
-        InsertObservers(reduce_range=True, measure=False), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGE,
+        InsertObservers(reduce_range=True, measure=False),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), IMAGE,
         before="""
         input_1: 2x3x8x8 = input
         conv2d: 2x4x6x6 = conv2d(input_1, <0.weight 4x3x3x3>, <0.bias 4>)

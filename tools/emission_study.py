@@ -13,6 +13,7 @@ network are then timed in turns in one run, on one thread, and a row for each is
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(width, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return one map of logits per class."""
         kept = []
         for block in self.down:
             x = block(x)
@@ -80,12 +82,13 @@ class Pitch(nn.Module):
         widths = [1, 128, 64, 64, 64, 128, 256]
         self.convs = nn.ModuleList(
             nn.Conv1d(a, b, 64, stride=4 if a == 1 else 1, padding="valid" if a == 1 else "same")
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.BatchNorm1d(b) for b in widths[1:])
         self.head = nn.LazyLinear(360)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return logits of pitches."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = F.max_pool1d(norm(F.relu(conv(x))), 2)
         return self.head(x.flatten(1))  # type: ignore[no-any-return]
@@ -98,7 +101,7 @@ def _double(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(*one(inputs), *one(outputs))
 
 
-def torchvision(name: str) -> Callable[[], nn.Module]:
+def _torchvision(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         enable_torchvision()
         from torchvision import models
@@ -108,7 +111,7 @@ def torchvision(name: str) -> Callable[[], nn.Module]:
     return make
 
 
-def timm(name: str) -> Callable[[], nn.Module]:
+def _timm(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         enable_torchvision()
         from timm import create_model
@@ -119,15 +122,15 @@ def timm(name: str) -> Callable[[], nn.Module]:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "resnet18": (torchvision("resnet18"), (3, 224, 224)),
-    "resnet50": (torchvision("resnet50"), (3, 224, 224)),
-    "mobilenet_v2": (torchvision("mobilenet_v2"), (3, 224, 224)),
-    "mobilenet_v3_large": (torchvision("mobilenet_v3_large"), (3, 224, 224)),
-    "efficientnet_b0": (torchvision("efficientnet_b0"), (3, 224, 224)),
-    "deit": (timm("deit_tiny_patch16_224"), (3, 224, 224)),
-    "convnext": (timm("convnext_atto"), (3, 224, 224)),
-    "swin": (timm("swin_tiny_patch4_window7_224"), (3, 224, 224)),
-    "csp_silu": (timm("cspdarknet53"), (3, 224, 224)),
+    "resnet18": (_torchvision("resnet18"), (3, 224, 224)),
+    "resnet50": (_torchvision("resnet50"), (3, 224, 224)),
+    "mobilenet_v2": (_torchvision("mobilenet_v2"), (3, 224, 224)),
+    "mobilenet_v3_large": (_torchvision("mobilenet_v3_large"), (3, 224, 224)),
+    "efficientnet_b0": (_torchvision("efficientnet_b0"), (3, 224, 224)),
+    "deit": (_timm("deit_tiny_patch16_224"), (3, 224, 224)),
+    "convnext": (_timm("convnext_atto"), (3, 224, 224)),
+    "swin": (_timm("swin_tiny_patch4_window7_224"), (3, 224, 224)),
+    "csp_silu": (_timm("cspdarknet53"), (3, 224, 224)),
     "unet": (UNet, (3, 128, 128)),
     "pitch": (Pitch, (1, 1024)),
 }
