@@ -1,79 +1,111 @@
-"""Teach the compiler an operator of your own, so that what it touches may shrink.
+"""Teach the compiler operators of your own, so that what they touch may shrink.
 
 Run ``python -m examples.custom_rule`` in the checkout; it takes a few seconds.
 
-Without a rule an operator freezes all it meets, and the report names it. A rule says which
-dimensions keep the same indices. A package offers its rules to every fxprune run by an entry
-point, a mapping from operators to rules, in its ``pyproject.toml``:
+Without a rule an operator freezes all it meets, and the report names it. Two operators are
+registered here, with all that fxprune can know of them:
 
-    [project.entry-points."fxprune.structure.rules.registry"]
-    gates = "my_package.pruning:RULES"
+- ``soft_clip`` is pointwise, and needs no more than that;
+- ``mix`` sums over channels: its rule says which dimensions keep the same indices and where it
+  sums, its repair brings the width in line, which it takes as a plain number, and its cost is
+  that of a matrix product.
 
-    [project.entry-points."fxprune.repairs"]
-    gates = "my_package.pruning:REPAIRS"
+A package registers operators for every fxprune run by an entry point that names a module with
+calls like those of ``register`` below, in its ``pyproject.toml``:
 
-An operator that takes a size as a plain number needs a repair too, which brings the number in
-line after a removal: here the width.
+    [project.entry-points."fxprune.operators"]
+    mixing = "my_package.pruning"
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 import fxprune
-from fxprune.structure.flow import Flow
+from fxprune.graph.macs import Place, every_dimension
+from fxprune.structure.flow import Flow, NotCovered
 from fxprune.structure.labels import Labels
-from fxprune.structure.rules.repair import Remains
+from fxprune.structure.rules.contraction import contract
+from fxprune.structure.rules.record import Remaining
 
 
-@torch.library.custom_op("examples::leaky_gate", mutates_args=())
-def leaky_gate(x: Tensor, slope: Tensor, width: int) -> Tensor:
-    """Gate every channel by a sigmoid with its own slope; ``width`` is the number of channels."""
-    if x.shape[1] != width:
-        raise ValueError(f"there are {x.shape[1]} channels, not {width}")
-    return x * torch.sigmoid(x * slope[:, None, None])
+@torch.library.custom_op("examples::soft_clip", mutates_args=())
+def soft_clip(x: Tensor) -> Tensor:
+    """Squeeze every element into the range from -1 to 1."""
+    return x / (1 + x.abs())
 
 
-@leaky_gate.register_fake
-def _(x: Tensor, slope: Tensor, width: int) -> Tensor:
-    if x.shape[1] != width:
-        raise ValueError(f"there are {x.shape[1]} channels, not {width}")
+@soft_clip.register_fake
+def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def gate_rule(flow: Flow, node: fx.Node) -> Labels:
-    """The slope's only dimension is the operand's channels; all else passes."""
-    operand, slope = flow.labels(node.args[0]), flow.labels(node.args[1])
-    channels = flow.align(node, [(operand, 1), (slope, 0)], 1)
-    return Labels(operand.shape, operand.without(1) + channels)
+@torch.library.custom_op("examples::mix", mutates_args=())
+def mix(x: Tensor, weight: Tensor, width: int) -> Tensor:
+    """Let every output channel be a weighted sum of ``width`` input channels.
+
+    ``x`` is (batch, inputs, height, width), ``weight`` is (outputs, inputs).
+    """
+    if x.shape[1] != width:
+        raise ValueError(f"there are {x.shape[1]} channels, not {width}")
+    return torch.einsum("bihw,oi->bohw", x, weight)
 
 
-def gate_repair(node: fx.Node, remains: Remains) -> None:
-    """The width follows the channels that are left."""
-    node.update_arg(2, remains.size(1))
+@mix.register_fake
+def _(x: Tensor, weight: Tensor, width: int) -> Tensor:
+    if x.shape[1] != width:
+        raise ValueError(f"there are {x.shape[1]} channels, not {width}")
+    return x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
 
 
-RULES: dict[Any, Any] = {torch.ops.examples.leaky_gate: gate_rule}
-REPAIRS: dict[Any, Any] = {torch.ops.examples.leaky_gate: gate_repair}
+def mix_rule(flow: Flow, node: fx.Node) -> Labels:
+    """The input's channels meet the weight's and are summed; all else passes."""
+    operand, weight = flow.labels(node.args[0]), flow.labels(node.args[1])
+    if len(operand.shape) != 4:
+        raise NotCovered("images have four dimensions")
+    return contract(flow, node, [((0,), operand, "bihw"), ((1,), weight, "oi")], "bohw")
 
 
-class Gated(nn.Module):
-    """Two convolutions around the operator."""
+def mix_repair(node: fx.Node, remaining: Remaining) -> None:
+    """The width is the number of input channels that are left."""
+    mask = remaining.operand(node.args[0]).get(1)
+    if mask is not None:
+        node.update_arg(2, int(mask.sum()))
+
+
+def mix_macs(node: fx.Node) -> list[tuple[Place, ...]]:
+    """Every output element reads all input channels."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return [(*every_dimension(node), (source, 1))]
+
+
+def register() -> None:
+    """Say what fxprune should know of the two operators."""
+    fxprune.operator_rule(torch.ops.examples.soft_clip, pointwise=True)
+    # Usually a decorator above the rule; here it comes late, to show the difference.
+    teach = fxprune.operator_rule(
+        torch.ops.examples.mix, repair=mix_repair, macs=mix_macs, piecewise_linear=True
+    )
+    teach(mix_rule)
+
+
+class Mixed(nn.Module):
+    """Two convolutions around the operators."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3)
-        self.slope, self.head = nn.Parameter(torch.randn(16)), nn.Linear(8, 4)
+        self.weight, self.head = nn.Parameter(torch.randn(16, 16)), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = leaky_gate(self.first(x), self.slope, 16)
+        hidden = mix(soft_clip(self.first(x)), self.weight, 16)
         return self.head.forward(self.second(hidden).relu().mean((2, 3)))
 
 
 def show(program: fxprune.Program) -> None:
+    print(f"{fxprune.cost(program).macs:,} multiply-accumulates")
     for group in fxprune.find_groups(program):
         state = group.frozen_because or "removable"
         print(f"{len(group.units):4d} units, {state}: {group.name}")
@@ -81,20 +113,20 @@ def show(program: fxprune.Program) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    program = fxprune.trace(Gated().eval(), (torch.randn(2, 3, 12, 12),))
+    program = fxprune.trace(Mixed().eval(), (torch.randn(2, 3, 12, 12),))
     print("without a rule:")
     show(program)
 
-    # Usually a decorator above the rule; here it comes late, to show the difference.
-    fxprune.operator_rule(torch.ops.examples.leaky_gate, repair=gate_repair)(gate_rule)
+    register()
     print("with a rule:")
     show(program)
 
-    group = next(g for g in fxprune.find_groups(program) if g.frozen_because is None)
-    check = fxprune.verify_removal(program, {group: range(0, 16, 2)})
-    fxprune.remove_units(program, {group: range(0, 16, 2)})
-    print(f"8 of 16 channels removed, exact to {check.error:.0e}")
-    print(f"slope is now {tuple(program.tensor('slope').shape)}")
+    free = [group for group in fxprune.find_groups(program) if group.frozen_because is None]
+    wide = {group: range(0, 16, 2) for group in free if len(group.units) == 16}
+    check = fxprune.verify_removal(program, wide)
+    fxprune.remove_units(program, wide)
+    print(f"8 of 16 channels removed, before and after the mix, exact to {check.error:.0e}")
+    print(f"its weight is now {tuple(program.tensor('weight').shape)}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.graph.facts import MASKS, REMOVED
-from fxprune.graph.node_args import argument, packet_of
+from fxprune.graph.node_args import argument
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program, shape_of
 from fxprune.graph.surgery import drop_unused, read_tensor, replace_node, set_tensor, unused_name
 from fxprune.pipeline.context import Context
@@ -35,16 +36,6 @@ from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
 from fxprune.structure.concat_sources import makers, read_elsewhere
 
 aten = torch.ops.aten
-# By layer, the dimension of its weight that counts output channels.
-OUT_DIM = {
-    aten.conv1d: 0,
-    aten.conv2d: 0,
-    aten.conv3d: 0,
-    aten.conv_transpose1d: 1,
-    aten.conv_transpose2d: 1,
-    aten.conv_transpose3d: 1,
-    aten.linear: 0,
-}
 
 
 @dataclass(frozen=True)
@@ -81,7 +72,7 @@ class FoldBatchNorm(Pass):
 def _obstacle(program: Program, norm: fx.Node) -> str | None:
     value: Any = norm.args[0]
     layers = makers(value)
-    if any(packet_of(layer) not in OUT_DIM for layer in layers):
+    if any(not operator_of(layer).is_layer for layer in layers):
         return "its input is not a convolution or linear layer"
     if (shared := read_elsewhere(value)) is not None:
         return f"the output of {shared.name} has other readers"
@@ -148,7 +139,7 @@ def _fold_into(program: Program, layer: Any, scale: Tensor, shift: Tensor) -> No
 def _along_outputs(layer: fx.Node, scale: Tensor, weight: Tensor) -> Tensor:
     """Shape a scale per output channel so that it multiplies the weight."""
     rest = [1] * (weight.dim() - 2)
-    if OUT_DIM[packet_of(layer)] == 0:
+    if operator_of(layer).weight_outputs == 0:
         return scale.view(-1, 1, *rest)
     # Transposed: each block of input rows makes its own share of the output channels.
     groups = argument(layer, "groups")

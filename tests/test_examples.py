@@ -72,11 +72,16 @@ def test_the_main_command_halves_the_digits_network(tmp_path: Path) -> None:
 
 def test_an_operator_of_ones_own_is_frozen_until_it_has_a_rule() -> None:
     before, after = run("examples.custom_rule").split("with a rule:")
-    assert "16 units, no rule is known for operator examples.leaky_gate" in before
+    assert "16 units, no rule is known for operator examples.soft_clip" in before
+    assert "no rule is known for operator examples.mix" in before
     assert "register one with fxprune.operator_rule" in before
-    assert "16 units, removable: slope:0" in after
-    assert "8 of 16 channels removed, exact to" in after
-    assert "slope is now (8,)" in after
+    assert "16 units, removable: first.weight:0" in after
+    assert "16 units, removable: weight:0" in after
+    assert "8 of 16 channels removed, before and after the mix, exact to" in after
+    assert "its weight is now (8, 8)" in after
+    counted = [int(line.split()[0].replace(",", "")) for line in (before, after)
+               for line in line.splitlines() if "multiply" in line]  # fmt: skip
+    assert counted[1] - counted[0] == 10 * 10 * 16 * 16
 
 
 def test_a_pipeline_composed_by_hand(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ LAYERS = (
 )  # fmt: skip
 
 # Where a dictionary from operators to anything belongs: one record per family of operators.
-RECORDS = "fxprune.structure.rules"
+RECORDS = ("fxprune.graph.operators", "fxprune.structure.rules")
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = 5  # lines of a function that may be a hop rather than an idea
 

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxprune.graph.node_args import CONVOLUTIONS, argument, packet_of, paddings, spread
+from fxprune.graph.node_args import argument, packet_of, paddings, spread
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 
 aten = torch.ops.aten
 BLOCK = 2**23  # elements of a block of features
-TRANSPOSED = frozenset({aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d})
-LAYERS = frozenset({*CONVOLUTIONS, aten.linear})
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Layer:
     @property
     def fits(self) -> bool:
         """Whether ``blocks`` can be had: not of transposed convolutions."""
-        return packet_of(self.node) not in TRANSPOSED
+        return operator_of(self.node).kind != "transposed-convolution"
 
 
 def layers(program: Program) -> tuple[Layer, ...]:
@@ -60,7 +59,7 @@ def _layers(program: Program) -> Iterator[Layer]:
     found = []
     for key, users in readers.items():
         calls = sorted(set(users), key=order.__getitem__)
-        if not all(packet_of(call) in LAYERS for call in calls):
+        if not all(operator_of(call).is_layer for call in calls):
             continue
         weights = [argument(call, "weight") for call in calls]
         tensors = [program.tensor(str(w.target)) for w in weights if w.op == "get_attr"]

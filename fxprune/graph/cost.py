@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxprune.graph.macs import MACS, Place, every_dimension
-from fxprune.graph.node_args import packet_of
+from fxprune.graph.macs import Place, every_dimension
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program, shape_of
 
 Quantity = Literal["params", "macs", "weight_bytes"]
@@ -82,8 +82,8 @@ def terms(program: Program) -> Iterator[Term]:
         yield Term("weight_bytes", node, float(tensor.element_size()), places)
     batch = batch_of(program)
     for node in program.graph.nodes:
-        rule = MACS.get(packet_of(node))
-        for places in rule(node) if rule else ():
+        macs = operator_of(node).macs
+        for places in macs(node) if macs else ():
             yield Term("macs", node, 1.0 / batch, places)
 
 

@@ -22,41 +22,12 @@ from fxprune.graph.program import Program
 
 aten = torch.ops.aten
 
-VIEWS = frozenset(
-    {
-        aten.view.default,
-        aten.permute.default,
-        aten.unsqueeze.default,
-        aten.expand.default,
-        aten.expand_as.default,
-        aten.view_as.default,
-        aten.detach.default,
-        aten.alias.default,
-        aten.t.default,
-        aten.transpose.int,
-        aten.slice.Tensor,
-        aten.select.int,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.reshape.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.squeeze.default,
-        aten.chunk.default,
-        aten.split.Tensor,
-        aten.split_with_sizes.default,
-        aten.unbind.int,
-        aten.narrow.default,
-        operator.getitem,
-    }
-)
-PARTS = frozenset({aten.slice.Tensor, aten.select.int})
 Order = dict[fx.Node, int]
 
 
 def is_view(node: fx.Node) -> bool:
     """Whether a call's result may share memory with its first argument."""
-    if node.target in VIEWS:
+    if node.target is operator.getitem:
         return True
     returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else ()
     return any(value.alias_info is not None for value in returns)
@@ -133,7 +104,7 @@ def write_through(node: fx.Node, target: Any, order: Order) -> bool:
 def _chain(part: Any) -> list[fx.Node] | None:
     """Return the whole, then the parts of parts that lead to ``part``."""
     chain = [part]
-    while chain[0].target in PARTS:
+    while chain[0].target in (aten.slice.Tensor, aten.select.int):
         chain.insert(0, chain[0].args[0])
     return chain if len(chain) > 1 else None
 

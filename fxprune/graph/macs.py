@@ -1,17 +1,18 @@
-"""Multiply-accumulates of every operator that has them, as products of dimensions."""
+"""Multiply-accumulates of the operators that have them, as products of dimensions.
+
+The records of ``fxprune.graph.operators`` say which operator has which.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
-from fxprune.graph.node_args import CONVOLUTIONS, argument
+from fxprune.graph.node_args import argument, arguments
 from fxprune.graph.program import shape_of
 
-aten = torch.ops.aten
 Place = tuple[fx.Node, int]  # a node and a dimension of its value
 
 
@@ -20,35 +21,49 @@ def every_dimension(node: fx.Node) -> tuple[Place, ...]:
     return tuple((node, dim) for dim in range(len(shape_of(node))))
 
 
-def _convolution(node: fx.Node) -> list[tuple[Place, ...]]:
+def convolution(node: fx.Node) -> list[tuple[Place, ...]]:
+    """Every output element reads a kernel of input channels."""
+    return [(*every_dimension(node), *every_dimension(argument(node, "weight"))[1:])]
+
+
+def transposed_convolution(node: fx.Node) -> list[tuple[Place, ...]]:
+    """Every input element writes a kernel of output channels."""
+    source, weight = argument(node, "input"), argument(node, "weight")
+    return [(*every_dimension(source), *every_dimension(weight)[1:])]
+
+
+def linear(node: fx.Node) -> list[tuple[Place, ...]]:
+    """Every output reads all inputs."""
     weight = argument(node, "weight")
-    transposed = "transpose" in str(node.target)
-    positions = argument(node, "input") if transposed else node
-    return [(*every_dimension(positions), *every_dimension(weight)[1:])]
+    return [(*every_dimension(node), (weight, len(shape_of(weight)) - 1))]
 
 
-def _linear(node: fx.Node) -> list[tuple[Place, ...]]:
-    return [(*every_dimension(node), (argument(node, "weight"), len(shape_of(node.args[1])) - 1))]  # type: ignore[arg-type]
+def product(node: fx.Node, first: int = 0) -> list[tuple[Place, ...]]:
+    """Every element of a matrix product sums over the last dimension of the left matrix."""
+    left = node.args[first]
+    assert isinstance(left, fx.Node)
+    return [(*every_dimension(node), (left, len(shape_of(left)) - 1))]
 
 
-def _product(first: int) -> Callable[[fx.Node], list[tuple[Place, ...]]]:
-    def places(node: fx.Node) -> list[tuple[Place, ...]]:
-        left = node.args[first]
-        assert isinstance(left, fx.Node)
-        return [(*every_dimension(node), (left, len(shape_of(left)) - 1))]
-
-    return places
+def added_product(node: fx.Node) -> list[tuple[Place, ...]]:
+    """A matrix product whose first argument is added to it."""
+    return product(node, 1)
 
 
-def _attention(node: fx.Node) -> list[tuple[Place, ...]]:
-    query, key = node.args[0], node.args[1]
-    assert isinstance(query, fx.Node)
-    assert isinstance(key, fx.Node)
+def bilinear(node: fx.Node) -> list[tuple[Place, ...]]:
+    """Every output reads all pairs of inputs."""
+    return [(*every_dimension(node), *every_dimension(argument(node, "weight"))[1:])]
+
+
+def attention(node: fx.Node) -> list[tuple[Place, ...]]:
+    """Queries times keys, and weights times values."""
+    query, key = argument(node, "query"), argument(node, "key")
     tokens = (key, len(shape_of(key)) - 2)
     return [(*every_dimension(query), tokens), (*every_dimension(node), tokens)]
 
 
-def _einsum(node: fx.Node) -> list[tuple[Place, ...]]:
+def einsum(node: fx.Node) -> list[tuple[Place, ...]]:
+    """Of two operands: all letters of the equation."""
     sources: Sequence[Any] = node.args[1]  # type: ignore[assignment]
     if len(sources) != 2:
         return []
@@ -63,23 +78,17 @@ def _einsum(node: fx.Node) -> list[tuple[Place, ...]]:
     return [tuple(found.values())]
 
 
-def _recurrent(node: fx.Node) -> list[tuple[Place, ...]]:
-    operand, parameters = node.args[0], node.args[2]
-    assert isinstance(operand, fx.Node)
-    matrices = [item for item in parameters if len(shape_of(item)) == 2]  # type: ignore[union-attr, arg-type]
-    return [((operand, 0), (operand, 1), *every_dimension(matrix)) for matrix in matrices]  # type: ignore[arg-type]
+def recurrent(node: fx.Node) -> list[tuple[Place, ...]]:
+    """Every matrix of every cell is read at every step of every sample."""
+    given = arguments(node)
+    operand = given["data" if "data" in given else "input"]
+    steps = every_dimension(operand)[:-1]
+    matrices = [item for item in given["params"] if len(shape_of(item)) == 2]
+    return [(*steps, *every_dimension(matrix)) for matrix in matrices]
 
 
-# Matrix products, and which argument the left matrix is.
-PRODUCTS = {aten.matmul: 0, aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}
-MACS: dict[Any, Callable[[fx.Node], list[tuple[Place, ...]]]] = {
-    **dict.fromkeys(CONVOLUTIONS, _convolution),
-    **{packet: _product(first) for packet, first in PRODUCTS.items()},
-    aten.linear: _linear,
-    aten.einsum: _einsum,
-    aten.scaled_dot_product_attention: _attention,
-    aten.lstm: _recurrent,
-    aten.gru: _recurrent,
-    aten.rnn_tanh: _recurrent,
-    aten.rnn_relu: _recurrent,
-}
+def recurrent_cell(node: fx.Node) -> list[tuple[Place, ...]]:
+    """One step of a recurrent layer."""
+    given = arguments(node)
+    samples = every_dimension(given["input"])[:-1]
+    return [(*samples, *every_dimension(given[name])) for name in ("w_ih", "w_hh")]

@@ -5,14 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx
-
-aten = torch.ops.aten
-CONVOLUTIONS = (
-    aten.conv1d, aten.conv2d, aten.conv3d,
-    aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d,
-)  # fmt: skip
 
 
 def packet_of(node: fx.Node) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, cast
 
@@ -14,18 +14,12 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import PostconditionError, PreconditionError
+from fxprune.graph.node_args import assign
 
 T = TypeVar("T")
 
-# Operators that carry train/eval as an argument, and which argument it is.
-MODE_ARGUMENT: Mapping[str, int] = {
-    "aten.batch_norm.default": 5,
-    "aten.instance_norm.default": 5,
-    "aten.dropout.default": 2,
-    "aten.dropout_.default": 2,
-    "aten.feature_dropout.default": 2,
-    "aten.alpha_dropout.default": 2,
-}
+# Names of arguments that say whether a model is in training.
+MODE_ARGUMENTS = ("train", "training", "use_input_stats")
 
 
 @dataclass(frozen=True)
@@ -93,9 +87,9 @@ class Program:
     def train(self, mode: bool = True) -> Program:
         """Set batch norms and dropouts to training; returns the program itself."""
         for node in self.graph.nodes:
-            position = MODE_ARGUMENT.get(str(node.target))
-            if position is not None and not _is_without_statistics(node):
-                node.update_arg(position, mode)
+            name = _mode_argument(node)
+            if name is not None and not _is_without_statistics(node):
+                assign(node, name, mode)
         self.graph_module.recompile()
         return self
 
@@ -158,6 +152,14 @@ class Program:
                 raise PostconditionError(
                     f"node {node.name} was recorded as {tuple(old.shape)} but is {tuple(new.shape)}"
                 )
+
+
+def _mode_argument(node: fx.Node) -> str | None:
+    """The name of the argument by which a call is told whether the model is in training."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    names = (item.name for item in node.target._schema.arguments)
+    return next((name for name in names if name in MODE_ARGUMENTS), None)
 
 
 def _is_without_statistics(node: fx.Node) -> bool:

@@ -14,12 +14,11 @@ from torch.utils import _pytree as pytree
 
 from fxprune.graph.facts import Slot
 from fxprune.graph.node_args import arguments, packet_of
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program, shape_of
-from fxprune.reconstruction.region import IDENTITIES, MOVES
 from fxprune.structure.groups import Group
 
 aten = torch.ops.aten
-PADS = (aten.pad, aten.constant_pad_nd)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +74,7 @@ def written_out(program: Program) -> list[fx.Node]:
     found = []
     for node in program.graph.nodes:
         last = node
-        while len(last.users) == 1 and packet_of(next(iter(last.users))) in IDENTITIES:
+        while len(last.users) == 1 and operator_of(next(iter(last.users))).identity:
             (last,) = last.users
         products = {packet_of(user) for user in last.users} & {aten.matmul, aten.bmm, aten.einsum}
         if packet_of(node) is aten.softmax and products:
@@ -95,9 +94,11 @@ def _attention(program: Program, node: fx.Node) -> Attention:
 
 def _moves(node: Any) -> bool:
     """Whether a node only moves numbers about."""
-    if not isinstance(node, fx.Node) or packet_of(node) in PADS:
+    if not isinstance(node, fx.Node):
         return False
-    return packet_of(node) in MOVES or node.target is operator.getitem
+    known = operator_of(node)
+    moves = known.moves_data or known.identity or known.kind == "cast"
+    return (moves and known.kind != "pad") or node.target is operator.getitem
 
 
 def _source(program: Program, node: fx.Node, operand: fx.Node) -> Projection | str:

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.errors import InputError
-from fxprune.graph.node_args import arguments, packet_of, paddings, spread
+from fxprune.graph.node_args import arguments, paddings, spread
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program, shape_of
 
 aten = torch.ops.aten
 Name = Literal["pointwise", "depthwise", "pair", "low-rank"]
 NAMES: tuple[Name, ...] = get_args(Name)
 RANKED = ("pair", "low-rank")
-OPERATORS = {aten.conv1d: 1, aten.conv2d: 2, aten.linear: 0}
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ class Site:
 
 def site_of(program: Program, node: fx.Node) -> Site | str:
     """Describe a call as a site, or say why it cannot be one."""
-    packet = packet_of(node)
-    if packet not in OPERATORS:
+    known = operator_of(node)
+    if known.weight_outputs != 0:
         return f"{node.target} has no implants"
     given = arguments(node)
     weight, bias = given["weight"], given["bias"]
@@ -161,11 +161,13 @@ def site_of(program: Program, node: fx.Node) -> Site | str:
     if len(weight.users) > 1 or _aliases(program, weight) > 1:
         return "its weight is shared with another layer"
     names = str(weight.target), str(bias.target) if isinstance(bias, fx.Node) else None
-    if not OPERATORS[packet]:
+    if known.kind == "linear":
         return Site(node, *names, shape_of(weight)[1], ())
     if given["groups"] != 1:
         return "it has groups, and its outputs read few channels already"
     kernel = shape_of(weight)[2:]
+    if len(kernel) > 2:
+        return f"{node.target} has no implants"
     stride, dilation = (spread(given[name], len(kernel)) for name in ("stride", "dilation"))
     around = paddings(given["padding"], kernel, dilation)
     if any(before != after for before, after in around):

@@ -21,7 +21,6 @@ from fxprune.graph.surgery import (
 from fxprune.implants.implant_types import Implant, Site, Stage
 
 aten = torch.ops.aten
-CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default}
 
 
 def put_implant(program: Program, site: Site, rows: list[int], implant: Implant) -> None:
@@ -93,7 +92,7 @@ def _call(
     if not site.kernel:
         return aten.linear.default, (source, read, added)
     source, padding = _cropped(program, site, stage, source)
-    operator = CONVOLUTIONS[len(site.kernel)]
+    operator = getattr(aten, f"conv{len(site.kernel)}d").default
     slides = (list(stage.stride), padding, list(stage.dilation), stage.groups)
     return operator, (source, read, added, *slides)
 

@@ -7,15 +7,16 @@ in INT8. The time of anything else is taken to grow with the elements that it co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.macs import PRODUCTS, Place
-from fxprune.graph.node_args import CONVOLUTIONS, argument, packet_of, paddings, spread
+from fxprune.graph import operators
+from fxprune.graph.macs import Place
+from fxprune.graph.node_args import argument, packet_of, paddings, spread
 from fxprune.graph.program import Program, shape_of
 
 aten = torch.ops.aten
@@ -26,14 +27,10 @@ Kind = Literal[
 ]  # fmt: skip
 LAYERS: tuple[Kind, ...] = ("conv", "conv-transpose", "linear", "matmul")
 BINARY: tuple[Kind, ...] = ("add", "mul")
-Dim = Place | int  # a dimension of a node's value, or a size that never changes
-
-# What moves no data in ONNX Runtime, or is folded into the convolution before it.
-FREE = frozenset(
-    getattr(aten, name)
-    for name in ("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "detach",
-                 "alias", "batch_norm", "dropout", "contiguous", "expand", "t")
+PRODUCTS: tuple[operators.Kind, ...] = (
+    "convolution", "transposed-convolution", "linear", "product", "attention",
 )  # fmt: skip
+Dim = Place | int  # a dimension of a node's value, or a size that never changes
 
 
 @dataclass(frozen=True)
@@ -69,9 +66,15 @@ def layers(program: Program, batch: int) -> Iterator[Layer]:
 
 def layers_of(node: fx.Node, batch: int) -> Iterator[Layer]:
     """Yield the layers that one node stands for."""
-    rule = _RULES.get(packet_of(node))
-    if rule is not None:
-        yield from rule(node, batch)
+    match operators.operator_of(node).kind:
+        case "convolution" | "transposed-convolution":
+            yield from _convolution(node, batch)
+        case "product":
+            yield from _product(node, batch)
+        case "linear":
+            yield from _linear(node, batch)
+        case "attention":
+            yield from _attention(node, batch)
 
 
 def operator_of(node: fx.Node, batch: int) -> Layer | None:
@@ -123,8 +126,8 @@ def _concat(node: fx.Node, batch: int) -> Layer | None:
 def others(program: Program) -> Iterator[fx.Node]:
     """Yield the nodes that compute a tensor at some cost and are no layers."""
     for node in program.graph.nodes:
-        packet = packet_of(node)
-        if node.op != "call_function" or packet is None or packet in FREE or packet in _RULES:
+        known = operators.operator_of(node)
+        if packet_of(node) is None or known.free or known.kind in PRODUCTS:
             continue
         if isinstance(node.meta.get("val"), Tensor):
             yield node
@@ -135,7 +138,7 @@ def _convolution(node: fx.Node, batch: int) -> Iterator[Layer]:
     shape = shape_of(source)
     rank = len(shape_of(weight)) - 2
     kernel = shape_of(weight)[2:]
-    transposed = "transpose" in str(node.target)
+    transposed = operators.operator_of(node).kind == "transposed-convolution"
     dilation = spread(argument(node, "dilation"), rank)
     starts, ends = zip(*paddings(argument(node, "padding"), kernel, dilation), strict=True)
     extra = spread(argument(node, "output_padding") if transposed else 0, rank)
@@ -156,16 +159,13 @@ def _single(size: int, batch: int) -> int:
     return size // batch if size % batch == 0 else size
 
 
-def _product(first: int) -> Callable[[fx.Node, int], Iterator[Layer]]:
-    def of(node: fx.Node, batch: int) -> Iterator[Layer]:
-        left, right = node.args[first], node.args[first + 1]
-        assert isinstance(left, fx.Node)
-        assert isinstance(right, fx.Node)
-        if min(len(shape_of(left)), len(shape_of(right))) < 2:
-            return
+def _product(node: fx.Node, batch: int) -> Iterator[Layer]:
+    first = operators.operator_of(node).left
+    left, right = node.args[first], node.args[first + 1]
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
+    if min(len(shape_of(left)), len(shape_of(right))) > 1:
         yield _matmul(node, left, right, batch, constant=_is_weight(right))
-
-    return of
 
 
 def _matmul(
@@ -200,12 +200,6 @@ def _attention(node: fx.Node, batch: int) -> Iterator[Layer]:
                                             (value, len(shape_of(value)) - 1)))  # fmt: skip
 
 
-_RULES: dict[Any, Callable[[fx.Node, int], Iterator[Layer]]] = {
-    **dict.fromkeys(CONVOLUTIONS, _convolution),
-    **{packet: _product(first) for packet, first in PRODUCTS.items()},
-    aten.linear: _linear,
-    aten.scaled_dot_product_attention: _attention,
-}
 _KINDS: dict[Any, Kind] = {
     aten.sigmoid: "sigmoid",
     aten.hardsigmoid: "hard-sigmoid",

@@ -16,12 +16,11 @@ from onnxscript import opset20 as op
 from torch import Tensor, fx
 
 from fxprune.graph.custom_ops import DEQUANTIZE, QUANTIZE
-from fxprune.graph.node_args import CONVOLUTIONS, packet_of
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import insert_call
 
 aten = torch.ops.aten
-WEIGHTED = (*CONVOLUTIONS, aten.linear)
 
 # Operators that fuse, where the optimiser leaves them between codes and codes.
 FUSIBLE = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add"})
@@ -77,7 +76,7 @@ def shield_floats(program: Program) -> None:
     """
     for node in list(program.graph.nodes):
         x, weight = (*node.args, None, None)[:2]
-        if packet_of(node) not in WEIGHTED or not isinstance(x, fx.Node):
+        if not operator_of(node).is_layer or not isinstance(x, fx.Node):
             continue
         stored = isinstance(weight, fx.Node) and weight.op == "get_attr"
         if not stored or x.target is not DEQUANTIZE or x.args[3] != -1:

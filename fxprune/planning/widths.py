@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxprune.errors import InputError
-from fxprune.graph.macs import MACS
-from fxprune.graph.node_args import argument, packet_of
+from fxprune.graph.node_args import argument
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 from fxprune.structure.groups import Group
 from fxprune.structure.merging import Ints
@@ -129,14 +129,15 @@ def _of_group(program: Program, group: Group, dense: dict[tuple[int, int], bool]
 def _weight_dims(program: Program) -> Iterator[tuple[str, int, bool]]:
     """Yield each dimension of a weight that is a number of channels, and whether depthwise."""
     for node in program.graph.nodes:
-        if packet_of(node) not in MACS:
+        operator = operator_of(node)
+        if operator.macs is None:
             continue
         names = [
             str(source.target)
             for source in node.all_input_nodes
             if source.op == "get_attr" and source.meta["val"].dim() >= 2
         ]
-        convolution = "conv" in str(node.target)
+        convolution = operator.is_convolution
         blocks = argument(node, "groups") if convolution else 1
         for name in names:
             shape = program.tensor(name).shape

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.graph.node_args import argument, arguments, packet_of
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program, shape_of
 
 aten = torch.ops.aten
@@ -48,14 +49,6 @@ BACKEND: tuple[Pattern, ...] = (
     Pattern("Add", (aten.add,), follows=True),
     Pattern("AveragePool", (aten.avg_pool2d, aten.adaptive_avg_pool2d), follows=True),
 )
-# Clamps that vanish into the quantisation of their result, because its lowest code is their floor.
-CLAMPS = (aten.relu, aten.relu6, aten.hardtanh, aten.clamp, aten.clamp_min)
-# Operators whose results are among their inputs, or zero: codes go through them as they are.
-MOVES = (
-    aten.slice, aten.select, aten.pad, aten.constant_pad_nd, aten.view, aten.reshape, aten.flatten,
-    aten.unflatten, aten.permute, aten.transpose, aten.unsqueeze, aten.squeeze, aten.expand,
-    aten.contiguous, aten.max_pool2d, aten.pixel_shuffle, aten.channel_shuffle, aten.cat,
-)  # fmt: skip
 
 
 def pattern_of(node: fx.Node) -> Pattern | None:
@@ -107,11 +100,13 @@ def weight_name(layer: fx.Node) -> str:
 
 def is_move(node: fx.Node) -> bool:
     """Whether codes can go through a node as they are."""
-    if packet_of(node) not in MOVES:
+    known = operator_of(node)
+    passes = known.moves_data or packet_of(node) in (aten.cat, aten.max_pool2d)
+    if not passes or not isinstance(node.meta.get("val"), Tensor):
         return False
-    if packet_of(node) in (aten.pad, aten.constant_pad_nd):
+    if known.kind == "pad":
         given = arguments(node)
-        return given.get("mode", "constant") == "constant" and not given["value"]
+        return given.get("mode", "constant") != "constant" or not given.get("value")
     return True
 
 

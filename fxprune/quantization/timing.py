@@ -16,13 +16,13 @@ import networkx as nx
 from torch import Tensor, fx
 
 from fxprune.graph.cost import batch_of
-from fxprune.graph.node_args import packet_of
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 from fxprune.latency.layer_config import FORMS, conversion
 from fxprune.latency.table import Table
 from fxprune.latency.terms import config_of
 from fxprune.pipeline.progress import Tracker
-from fxprune.quantization.patterns import CLAMPS, is_move, pattern_of
+from fxprune.quantization.patterns import is_move, pattern_of
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _follows(node: fx.Node) -> bool:
     """Whether a node takes INT8 where it gets it, and passes it on."""
     pattern = pattern_of(node)
     follows = pattern is not None and pattern.follows
-    return follows or is_move(node) or packet_of(node) in CLAMPS
+    return follows or is_move(node) or operator_of(node).clamps
 
 
 def _gives_fp32(node: fx.Node) -> bool:

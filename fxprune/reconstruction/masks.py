@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxprune.calibration.layer_matrix import TRANSPOSED, Layer
+from fxprune.calibration.layer_matrix import Layer
 from fxprune.errors import InputError
-from fxprune.graph.node_args import packet_of
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 
 BLOCKED = re.compile(r"(\d+):(\d+)")
@@ -34,7 +34,7 @@ def blocks_of(pattern: str) -> tuple[int, int] | None:
 
 def input_axis(layer: Layer) -> int:
     """Return the dimension of a weight that counts inputs, those of one group if it has groups."""
-    return 0 if packet_of(layer.node) in TRANSPOSED else 1
+    return 1 - (operator_of(layer.node).weight_outputs or 0)
 
 
 def blocked(weight: Tensor, axis: int, kept: int, of: int) -> Tensor:

@@ -19,11 +19,11 @@ from torch import Tensor, fx
 from fxprune.calibration.layer_matrix import Layer, Some, blocks, weight_rows
 from fxprune.calibration.least_squares import Moments, solve
 from fxprune.graph.node_args import argument, packet_of
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
 from fxprune.reconstruction.incremental_run import Values
 from fxprune.reconstruction.region import (
-    IDENTITIES,
     Region,
     affine_tail,
     along_channels,
@@ -33,7 +33,6 @@ from fxprune.reconstruction.region import (
 )
 
 aten = torch.ops.aten
-PASSING = IDENTITIES | {aten.cat}  # what leaves channels as they are
 POSITIONS, PER_FEATURE = 131072, 64
 
 
@@ -131,6 +130,11 @@ def _until(tail: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> tuple[fx.
     return tail[: last + 1]
 
 
+def _passes_channels(node: fx.Node) -> bool:
+    """Whether a call leaves channels as they are."""
+    return operator_of(node).identity or packet_of(node) is aten.cat
+
+
 def _absorbers(program: Program, layer: Layer) -> list[tuple[str, float, slice]]:
     """The tensors that take up a shift of the layer's value, with which sign, and where."""
     if layer.bias is not None:
@@ -138,7 +142,7 @@ def _absorbers(program: Program, layer: Layer) -> list[tuple[str, float, slice]]
     found = []
     for call in layer.calls:
         tail = affine_tail(call)
-        moved = itertools.takewhile(lambda node: packet_of(node) in PASSING, tail[1:])
+        moved = itertools.takewhile(_passes_channels, tail[1:])
         until = 1 + len(list(moved))
         if until == len(tail) or packet_of(tail[until]) is not aten.batch_norm:
             return []

@@ -16,22 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.calibration.layer_matrix import LAYERS, Layer, channel_axis
+from fxprune.calibration.layer_matrix import Layer, channel_axis
 from fxprune.graph.node_args import argument, packet_of
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 from fxprune.reconstruction.incremental_run import Values, compute
 
 aten = torch.ops.aten
-IDENTITIES = frozenset({aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.clone})
-# Operators that compute nothing, and so are no operations to look ahead.
-MOVES = IDENTITIES | {
-    getattr(aten, name)
-    for name in (
-        "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "expand", "slice",
-        "select", "split", "split_with_sizes", "chunk", "unbind", "unsqueeze", "squeeze",
-        "contiguous", "to", "detach", "alias", "pad", "constant_pad_nd",
-    )
-}  # fmt: skip
 SMALL = 1e-6  # a norm's scale under which a channel says nothing about the layer before it
 
 
@@ -78,7 +69,7 @@ def comparable(program: Program, dense: Program) -> frozenset[fx.Node]:
 
 def _implanted(node: fx.Node, other: fx.Node) -> bool:
     """Whether a concat stands where the dense program has a layer, as implants leave it."""
-    return packet_of(node) is aten.cat and packet_of(other) in LAYERS
+    return packet_of(node) is aten.cat and operator_of(other).is_layer
 
 
 def affine_tail(call: fx.Node) -> tuple[fx.Node, ...]:
@@ -98,7 +89,7 @@ def affine_tail(call: fx.Node) -> tuple[fx.Node, ...]:
 
 def _is_affine(call: fx.Node, source: fx.Node, user: fx.Node) -> bool:
     kind, dims = packet_of(user), source.meta["val"].dim()
-    if kind in IDENTITIES:
+    if operator_of(user).identity:
         return True
     if kind is aten.batch_norm:
         stored = all(isinstance(item, fx.Node) for item in user.args[3:5])
@@ -201,8 +192,7 @@ def _following(layer: Layer, lookahead: int) -> list[fx.Node]:
         if node.op != "call_function" or not below.intersection(node.all_input_nodes):
             continue
         below.add(node)
-        moves = packet_of(node) in MOVES or node.target is operator.getitem
-        if moves or not _has_slopes(node.meta.get("val")):
+        if _computes_nothing(node) or not _has_slopes(node.meta.get("val")):
             continue
         found.append(node)
         beyond += not calls
@@ -213,6 +203,13 @@ def _following(layer: Layer, lookahead: int) -> list[fx.Node]:
 
 def _has_slopes(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _computes_nothing(node: fx.Node) -> bool:
+    """Whether a call is no operation to look ahead."""
+    known = operator_of(node)
+    moves = known.moves_data or known.identity or known.kind == "cast"
+    return moves or node.target is operator.getitem
 
 
 def _normed(node: fx.Node) -> fx.Node:

@@ -10,13 +10,11 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxprune.data.batches import Batch
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program, shape_of
 from fxprune.sensitivity.units import UnitLayout
 
 aten = torch.ops.aten
-PRODUCTS = frozenset({
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default,
-})  # fmt: skip
 
 
 def magnitude(program: Program, layout: UnitLayout, power: int) -> Tensor:
@@ -81,7 +79,11 @@ class _Reader(fx.Interpreter):
             return super().run(*args, enable_io_processing=False, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target in PRODUCTS and isinstance(n.args[1], fx.Node) and n.args[1].op == "get_attr":
+        if (
+            operator_of(n).weight_outputs == 0
+            and isinstance(n.args[1], fx.Node)
+            and n.args[1].op == "get_attr"
+        ):
             operand = self.fetch_args_kwargs_from_env(n)[0][0]
             channel = _channel(n, operand.dim())
             others = [dim for dim in range(operand.dim()) if dim != channel]

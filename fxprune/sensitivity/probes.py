@@ -17,6 +17,7 @@ the outputs in any one weight is zero. There the exact Hessian trace comes from 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.data.batches import Batch
-from fxprune.graph.node_args import CONVOLUTIONS
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 from fxprune.sensitivity.model import Objective, Precision, Weights, explained, single_tensor
 from fxprune.sensitivity.units import UnitLayout
@@ -34,17 +35,6 @@ aten = torch.ops.aten
 Signs = Callable[[Tensor], Tensor]  # random signs in the shape of a tensor
 Probe = Callable[[Signs], Tensor]  # one sample of every unit's trace
 Matrix = Literal["hessian", "gauss-newton"]
-
-# Linear in the input for fixed weights, and in each weight for a fixed input; or piecewise so.
-PIECEWISE_LINEAR = frozenset({
-    *CONVOLUTIONS, aten.linear, aten.addmm, aten.batch_norm, aten.dropout,
-    aten.relu, aten.hardtanh, aten.relu6, aten.leaky_relu, aten.clamp, aten.clamp_min,
-    aten.max_pool1d, aten.max_pool2d, aten.avg_pool1d, aten.avg_pool2d, aten.adaptive_avg_pool1d,
-    aten.adaptive_avg_pool2d, aten.mean, aten.sum, aten.amax, aten.add, aten.sub, aten.neg,
-    aten.cat, aten.stack, aten.split_with_sizes, aten.split, aten.slice, aten.select, aten.pad,
-    aten.constant_pad_nd, aten.view, aten.reshape, aten.flatten, aten.permute, aten.transpose,
-    aten.unsqueeze, aten.squeeze, aten.contiguous, aten.clone, aten.expand, aten.alias,
-})  # fmt: skip
 
 
 def piecewise_linear(program: Program) -> bool:
@@ -57,10 +47,10 @@ def piecewise_linear(program: Program) -> bool:
                 return False  # a shared weight is multiplied with itself
             seen.add(id(tensor))
         elif node.op == "call_function" and isinstance(node.meta.get("val"), (Tensor, list, tuple)):
-            packet = getattr(node.target, "overloadpacket", node.target)
-            if packet not in PIECEWISE_LINEAR and packet.__name__ != "getitem":
+            known = operator_of(node)
+            if not known.piecewise_linear and node.target is not operator.getitem:
                 return False
-            if packet in (aten.conv2d, aten.linear, aten.addmm) and _weight_of_data(node):
+            if (known.is_layer or known.kind == "product") and _weight_of_data(node):
                 return False
     return True
 

@@ -20,11 +20,11 @@ from fxprune.graph.draws import FixedDraws
 from fxprune.graph.facts import MASKS, Masks
 from fxprune.graph.functionalize import state_kept
 from fxprune.graph.node_args import argument, packet_of
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import drop_unused, replace_node
 
 aten = torch.ops.aten
-IDEMPOTENT = frozenset({aten.relu, aten.relu6, aten.hardtanh, aten.clamp})
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +130,7 @@ def remove_branch(program: Program, branch: Branch) -> None:
 
 
 def _repeats(reader: fx.Node, value: fx.Node) -> bool:
-    if packet_of(reader) not in IDEMPOTENT:
+    if not operator_of(reader).clamps:
         return False
     limits = [(node.target, node.args[1:], node.kwargs) for node in (reader, value)]
     return limits[0] == limits[1]

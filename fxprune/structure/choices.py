@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from fxprune.graph.facts import Preference
-from fxprune.structure.labels import Layer, Split
+from fxprune.structure.labels import DimLabels, SplitLabels
 from fxprune.structure.merging import Ints, Merges
 
 Key = tuple[str, int]
@@ -23,11 +23,11 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class Choices:
-    """The factor to keep removable, by node name and number of the layer that was split."""
+    """The factor to keep removable, by node name and number of the entry that was split."""
 
     factors: Mapping[Key, int] = field(default_factory=dict)
 
-    def factor(self, node: fx.Node, key: int, split: Split) -> int:
+    def factor(self, node: fx.Node, key: int, split: SplitLabels) -> int:
         """Return the chosen dimension; where the survey saw no such split, the longest."""
         chosen = self.factors.get((node.name, key))
         if chosen in split.dims:
@@ -50,19 +50,19 @@ class Survey:
             return True
         return bool((left >= self.virtual_from).any() == (right >= self.virtual_from).any())
 
-    def split(self, node: fx.Node, key: int, split: Split) -> tuple[Layer, ...]:
+    def split(self, node: fx.Node, key: int, split: SplitLabels) -> tuple[DimLabels, ...]:
         """Give every factor identities of its own."""
-        layers = []
+        entries = []
         for position, dim in enumerate(split.dims):
             size = split.ids.shape[position]
             ids = torch.arange(self.count, self.count + size, dtype=torch.int32)
             self.count += size
-            layers.append(Layer(dim, ids))
-        self.factors[node.name, key] = [(layer.dim, layer.ids) for layer in layers]
-        return tuple(layers)
+            entries.append(DimLabels(dim, ids))
+        self.factors[node.name, key] = [(entry.dim, entry.ids) for entry in entries]
+        return tuple(entries)
 
     def note(self, role: str, ids: Tensor) -> None:
-        """Record what a layer is in an attention product."""
+        """Record what an entry is in an attention product."""
         self.roles[role].append(ids)
 
     def decide(self, merges: Merges, prefer: Preference) -> Choices:

@@ -39,7 +39,7 @@ def fixed_size(node: fx.Node, operand: Labels, dim: int, values: Mapping[fx.Node
     source = next((item for item in node.all_input_nodes if values.get(item) is operand), None)
     if source is None:
         return "it meets a dimension whose size is fixed"
-    why = _fixed_by(source, lambda value: bool(getattr(values.get(value), "layers", ())))
+    why = _fixed_by(source, lambda value: bool(getattr(values.get(value), "entries", ())))
     return f"it meets dimension {dim} of {source.name}, {why}"
 
 

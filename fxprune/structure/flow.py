@@ -7,8 +7,9 @@ rule (``fxprune.structure.rules.registry``); an operator with neither freezes wh
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +17,36 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.graph.facts import Slot
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 from fxprune.structure.choices import Choices, Survey
 from fxprune.structure.describe import describe, fixed_size
-from fxprune.structure.labels import Labels, Layer, Split, gather, rows, unlabelled
+from fxprune.structure.labels import DimLabels, Labels, SplitLabels, gather, rows, unlabelled
 from fxprune.structure.merging import Merges, Reason
 
+aten = torch.ops.aten
 Rule = Callable[["Flow", fx.Node], Any]
 Path = tuple[int | str, ...]
+
+
+class NotCovered(Exception):  # noqa: N818  # an answer rather than a fault
+    """Raised by a rule for a call that it does not cover; the message says what is special."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What to do with operators.
+
+    Attributes:
+        own: the rules of this package; a fault in one of them is raised.
+        registered: those of users, which take precedence; where one fails, the call is frozen.
+        pointwise: the rule of pointwise operators that have none of their own.
+
+    """
+
+    own: Mapping[Any, Rule]
+    registered: Mapping[Any, Rule]
+    pointwise: Rule
 
 
 @dataclass(frozen=True)
@@ -53,7 +76,7 @@ class Flow:
     """
 
     program: Program
-    rules: dict[Any, Rule]
+    rules: Rules
     choices: Choices
     survey: Survey | None = None
     merges: Merges = field(default_factory=Merges)
@@ -85,18 +108,27 @@ class Flow:
             if isinstance(found, list) and isinstance(number, int):
                 return found[number]
             return unlabelled(node.meta["val"])
-        rule = self.rules.get(getattr(node.target, "overloadpacket", node.target))
-        if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-            rule = self.rules["pointwise"]
+        return self._apply_rule(node)
+
+    def _apply_rule(self, node: fx.Node) -> Any:
+        packet = getattr(node.target, "overloadpacket", node.target)
+        registered = self.rules.registered.get(packet)
+        rule = registered or self.rules.own.get(packet)
+        if rule is None and operator_of(node).pointwise:
+            rule = self.rules.pointwise
         if rule is None:
             return self._unknown(node)
         try:
             return rule(self, node)
-        except (RuntimeError, TypeError, ValueError, LookupError, StopIteration) as error:
-            # A call that the rule does not foresee costs removable units only.
+        except NotCovered as reason:
             return self._unknown(
-                node, f"the rule of {node.target} does not cover this call: {error}"
+                node, f"the rule of {node.target} does not cover this call: {reason}"
             )
+        except Exception as error:
+            if registered is None:
+                error.add_note(f"in fxprune's rule for {describe(node)}; please report it")
+                raise
+            return self._unknown(node, f"the registered rule of {node.target} failed: {error}")
 
     def _parameter(self, node: fx.Node) -> Any:
         tensor = self.program.tensor(str(node.target))
@@ -104,12 +136,12 @@ class Flow:
             return None
         if (owner := self._owners.setdefault(id(tensor), node)) is not node:
             return self.values[owner]
-        layers = tuple(
-            Layer(dim, self.slot(Slot(str(node.target), dim), size))
+        entries = tuple(
+            DimLabels(dim, self.slot(Slot(str(node.target), dim), size))
             for dim, size in enumerate(tensor.shape)
             if size > 1
         )
-        return Labels(tuple(tensor.shape), layers)
+        return Labels(tuple(tensor.shape), entries)
 
     def slot(self, slot: Slot, size: int) -> Tensor:
         """Hand out identities for a parameter dimension, or for a literal of a node."""
@@ -119,6 +151,39 @@ class Flow:
     def literal(self, node: fx.Node, number: int, size: int) -> Tensor:
         """Hand out identities for positions that a node makes from a literal size."""
         return self.slot(Slot(f"node:{node.name}", number), size)
+
+    def sized(self, node: fx.Node, dim: int, size: Any, value: int) -> tuple[DimLabels, ...]:
+        """Label a dimension that a node makes from a size, so that it may shrink with the size.
+
+        Args:
+            node: what makes it.
+            dim: the dimension.
+            size: a number, or a node that computes one: the size of a labelled dimension shrinks
+                with it, a multiple of the batch may lose whole factors, others must stay.
+            value: the size at the example inputs.
+
+        """
+        if value < 2:
+            return ()
+        if not isinstance(size, fx.Node):
+            return (DimLabels(dim, self.literal(node, dim, value)),)
+        if size.target is aten.sym_size.int:
+            source, number = size.args
+            return tuple(DimLabels(dim, entry.ids) for entry in self.labels(source).at(number))  # type: ignore[arg-type]
+        factor = self._factor(size)
+        if factor < 2:
+            return ()
+        return (DimLabels(dim, self.literal(node, dim, factor).repeat(value // factor)),)
+
+    def _factor(self, size: Any) -> int:
+        """The number that a size is a multiple of, the other factors being sizes that must stay."""
+        if isinstance(size, int):
+            return size
+        if not isinstance(size, fx.Node):
+            return 1
+        if size.target is operator.mul:
+            return math.prod(map(self._factor, size.args))
+        return 1
 
     def _unknown(self, node: fx.Node, why: str = "") -> Any:
         if (outputs := unlabelled(node.meta.get("val"))) is None:
@@ -158,33 +223,33 @@ class Flow:
         self.merges.merge(left, right, lambda: self.reason(node, why))
 
     def freeze(
-        self, node: fx.Node, layers: Iterable[Layer], why: str, *, silent: bool = False
+        self, node: fx.Node, entries: Iterable[DimLabels], why: str, *, silent: bool = False
     ) -> None:
-        """Never remove what these layers label."""
+        """Never remove what these entries label."""
         reason = self.reason(node, why, silent=silent)
-        for layer in layers:
-            self.merges.freeze(layer.ids[layer.ids != 0], reason)
+        for entry in entries:
+            self.merges.freeze(entry.ids[entry.ids != 0], reason)
 
     def freeze_all(self, node: fx.Node, sources: Iterable[fx.Node], why: str) -> None:
-        """Freeze every layer of every source."""
+        """Freeze every entry of every source."""
         for source in sources:
             found = self.values.get(source)
             for labels in found if isinstance(found, list) else [found]:
                 if isinstance(labels, Labels):
-                    self.freeze(node, labels.layers, why)
+                    self.freeze(node, labels.entries, why)
 
-    def is_factor(self, layer: Layer) -> bool:
-        """Whether a layer stands for one of several ways to see a split dimension."""
-        return self.survey is not None and bool((layer.ids >= self.survey.virtual_from).any())
+    def is_factor(self, entry: DimLabels) -> bool:
+        """Whether an entry stands for one of several ways to see a split dimension."""
+        return self.survey is not None and bool((entry.ids >= self.survey.virtual_from).any())
 
-    def mix(self, node: fx.Node, layers: Iterable[Layer]) -> None:
+    def mix(self, node: fx.Node, entries: Iterable[DimLabels]) -> None:
         """Record that a node's statistics mix these identities."""
-        self.mixes.extend((node.name, layer.ids) for layer in layers)
+        self.mixes.extend((node.name, entry.ids) for entry in entries)
 
     def align(
         self, node: fx.Node, participants: list[tuple[Labels, int]], out_dim: int
-    ) -> tuple[Layer, ...]:
-        """Merge the layers of dimensions that must keep the same indices.
+    ) -> tuple[DimLabels, ...]:
+        """Merge the entries of dimensions that must keep the same indices.
 
         Args:
             node: where they meet.
@@ -192,7 +257,7 @@ class Flow:
             out_dim: the dimension of the result.
 
         Returns:
-            The layers of the result; none if some participant cannot shrink.
+            The entries of the result; none if some participant cannot shrink.
 
         """
         met = [
@@ -200,45 +265,48 @@ class Flow:
             for labels, dim in participants
             if labels.shape[dim] > 1
         ]
-        labelled = [layers for *_, layers in met if layers]
+        labelled = [entries for *_, entries in met if entries]
         if not labelled:
             return ()
         if len(labelled) < len(met):
-            labels, dim = next((labels, dim) for labels, dim, layers in met if not layers)
+            labels, dim = next((labels, dim) for labels, dim, entries in met if not entries)
             why = fixed_size(node, labels, dim, self.values)
-            for layers in labelled:
-                self.freeze(node, layers, why)
+            for entries in labelled:
+                self.freeze(node, entries, why)
             return ()
         first, *others = labelled
-        for layers in others:
-            for left, right in zip(first, layers, strict=False):
+        for entries in others:
+            for left, right in zip(first, entries, strict=False):
                 self.merge(node, left.ids, right.ids)
-        return tuple(Layer(out_dim, layer.ids) for layer in first)
+        return tuple(DimLabels(out_dim, entry.ids) for entry in first)
 
-    def settle(self, node: fx.Node, key: int, ids: Tensor) -> tuple[Layer, ...]:
-        """Turn moved identities into layers, choosing one factor where a dimension was split."""
+    def settle(self, node: fx.Node, key: int, ids: Tensor) -> tuple[DimLabels, ...]:
+        """Turn moved identities into entries, choosing one factor where a dimension was split."""
         found = gather(ids)
-        if isinstance(found, Layer):
+        if isinstance(found, DimLabels):
             return (found,)
         if isinstance(found, Tensor):
-            self.freeze(node, [Layer(0, found.view(1))], "this index is picked out by its number")
+            self.freeze(
+                node, [DimLabels(0, found.view(1))], "this index is picked out by its number"
+            )
             return ()
         if self.survey is not None:
             return self.survey.split(node, key, found)
         return (self._choose(node, key, found),)
 
-    def sole(self, node: fx.Node, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-        """Keep one layer of a dimension that several were merged into: positions have one owner."""
-        if self.survey is not None:
-            return layers
-        kept: dict[int, Layer] = {}
-        for layer in layers:
-            if kept.setdefault(layer.dim, layer) is not layer:
+    def sole(self, node: fx.Node, entries: tuple[DimLabels, ...]) -> tuple[DimLabels, ...]:
+        """Keep one entry of a dimension that several were merged into: positions have one owner."""
+        kept: dict[int, DimLabels] = {}
+        factors = []
+        for entry in entries:
+            if self.is_factor(entry):
+                factors.append(entry)
+            elif kept.setdefault(entry.dim, entry) is not entry:
                 owner = "each of its positions also belongs to another unit"
-                self.freeze(node, [layer], f"{owner}, of a dimension that is merged with it")
-        return tuple(kept.values())
+                self.freeze(node, [entry], f"{owner}, of a dimension that is merged with it")
+        return (*kept.values(), *factors)
 
-    def _choose(self, node: fx.Node, key: int, split: Split) -> Layer:
+    def _choose(self, node: fx.Node, key: int, split: SplitLabels) -> DimLabels:
         """Keep one factor of a split removable: identities apart only in others are merged."""
         dim = self.choices.factor(node, key, split)
         matrix = rows(split, dim)
@@ -247,4 +315,4 @@ class Flow:
             left = first.view(-1, 1).expand_as(matrix)
             real = matrix != 0
             self.merge(node, left[real], matrix[real])
-        return Layer(dim, first)
+        return DimLabels(dim, first)

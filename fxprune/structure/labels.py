@@ -1,7 +1,7 @@
 """Labels: which removable unit each index of a tensor's dimensions belongs to.
 
-A ``Layer`` says, for one dimension, the identity of every index along it (0: none, never
-removable). A tensor carries one layer per dimension that something may be removed from.
+A ``DimLabels`` says, for one dimension, the identity of every index along it (0: none, never
+removable). A tensor carries one entry per dimension that something may be removed from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layer:
+class DimLabels:
     """Identities along one dimension: ``ids`` is int32, one entry per index."""
 
     dim: int
@@ -23,24 +23,24 @@ class Layer:
 
 @dataclass(frozen=True)
 class Labels:
-    """The shape of a value and the layers on it."""
+    """The shape of a value and the entries on it."""
 
     shape: tuple[int, ...]
-    layers: tuple[Layer, ...] = ()
+    entries: tuple[DimLabels, ...] = ()
 
-    def at(self, dim: int) -> Iterator[Layer]:
-        """Yield the layers on a dimension; negative ones count from the last."""
+    def at(self, dim: int) -> Iterator[DimLabels]:
+        """Yield the entries on a dimension; negative ones count from the last."""
         dim = dim % len(self.shape) if self.shape else dim
-        return (layer for layer in self.layers if layer.dim == dim)
+        return (entry for entry in self.entries if entry.dim == dim)
 
-    def without(self, *dims: int) -> tuple[Layer, ...]:
-        """Return the layers on other dimensions than these."""
+    def without(self, *dims: int) -> tuple[DimLabels, ...]:
+        """Return the entries on other dimensions than these."""
         gone = {dim % len(self.shape) for dim in dims}
-        return tuple(layer for layer in self.layers if layer.dim not in gone)
+        return tuple(entry for entry in self.entries if entry.dim not in gone)
 
 
 def unlabelled(value: Any) -> Any:
-    """Return labels without layers for a fake tensor, or for each of several; None for others."""
+    """Return labels without entries for a fake tensor, or for each of several; None for others."""
     if isinstance(value, Tensor):
         return Labels(tuple(value.shape))
     if isinstance(value, (list, tuple)):
@@ -48,20 +48,20 @@ def unlabelled(value: Any) -> Any:
     return None
 
 
-def spread(layer: Layer, shape: tuple[int, ...]) -> Tensor:
+def spread(entry: DimLabels, shape: tuple[int, ...]) -> Tensor:
     """Return identities in the full shape, without memory for the other dimensions.
 
     >>> import torch
-    >>> spread(Layer(1, torch.tensor([5, 6])), (2, 2)).tolist()
+    >>> spread(DimLabels(1, torch.tensor([5, 6])), (2, 2)).tolist()
     [[5, 6], [5, 6]]
     """
     view = [1] * len(shape)
-    view[layer.dim] = shape[layer.dim]
-    return layer.ids.view(view).expand(shape)
+    view[entry.dim] = shape[entry.dim]
+    return entry.ids.view(view).expand(shape)
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitLabels:
     """Identities that vary along several dimensions, after one was split into factors.
 
     Attributes:
@@ -74,11 +74,11 @@ class Split:
     ids: Tensor
 
 
-def gather(ids: Tensor) -> Layer | Split | Tensor:
+def gather(ids: Tensor) -> DimLabels | SplitLabels | Tensor:
     """Say along which dimension a full tensor of identities varies; zeros fit everywhere.
 
     Returns:
-        A layer if it varies along one dimension, a split if along several that cannot be told
+        A entry if it varies along one dimension, a split if along several that cannot be told
         apart, or a scalar tensor if it does not vary.
 
     """
@@ -95,18 +95,18 @@ def gather(ids: Tensor) -> Layer | Split | Tensor:
     if not varying:
         return ids
     if len(varying) == 1:
-        return Layer(varying[0], ids.clone())
+        return DimLabels(varying[0], ids.clone())
     for position, dim in enumerate(varying):
         others = tuple(other for other in range(len(varying)) if other != position)
         vector = ids.amax(others)
         view = [1] * len(varying)
         view[position] = -1
         if bool(((ids == vector.view(view)) | (ids == 0)).all()):
-            return Layer(dim, vector)
-    return Split(varying, ids)
+            return DimLabels(dim, vector)
+    return SplitLabels(varying, ids)
 
 
-def rows(split: Split, dim: int) -> Tensor:
+def rows(split: SplitLabels, dim: int) -> Tensor:
     """Return a split's identities as (size of ``dim``, everything else)."""
     moved = split.ids.movedim(split.dims.index(dim), 0)
     return moved.reshape(moved.shape[0], -1)

@@ -13,7 +13,7 @@ from fxprune.graph.facts import REMOVED, Removed
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
 from fxprune.structure.groups import Analysis, Group, analyse
-from fxprune.structure.labels import Labels, Layer
+from fxprune.structure.labels import DimLabels, Labels
 from fxprune.structure.merging import Ints
 
 Orders = Mapping[Group, Sequence[int]]
@@ -40,10 +40,10 @@ def permute_units(program: Program, orders: Orders) -> None:
     moves: dict[str, dict[int, Tensor]] = {}
     for node, value in analysis.flow.values.items():
         for labels in value if isinstance(value, list) else [value]:
-            for layer in labels.layers if isinstance(labels, Labels) else ():
-                indices = _moved(layer, analysis.component, (unit, owner, tables))
+            for entry in labels.entries if isinstance(labels, Labels) else ():
+                indices = _moved(entry, analysis.component, (unit, owner, tables))
                 if indices is not None:
-                    moves.setdefault(node.name, {})[layer.dim] = indices
+                    moves.setdefault(node.name, {})[entry.dim] = indices
     _apply(program, moves)
     program.refresh()
 
@@ -68,11 +68,11 @@ def _numbered(analysis: Analysis, orders: Orders) -> tuple[Ints, Ints, list[tupl
 
 
 def _moved(
-    layer: Layer, component: Ints, numbers: tuple[Ints, Ints, list[tuple[str, Ints]]]
+    entry: DimLabels, component: Ints, numbers: tuple[Ints, Ints, list[tuple[str, Ints]]]
 ) -> Tensor | None:
     """Which old index comes to each new one; None where none of the units is."""
     unit, owner, tables = numbers
-    ids = layer.ids.numpy()
+    ids = entry.ids.numpy()
     components = component[ids]
     owners = np.where(ids == 0, -1, owner[components])
     if (owners < 0).all():

@@ -17,19 +17,19 @@ from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
 from fxprune.structure.groups import Analysis, Group, analyse
 from fxprune.structure.labels import Labels
+from fxprune.structure.rules.record import Remaining, scaled
 from fxprune.structure.rules.registry import known_repairs
-from fxprune.structure.rules.repair import Remains
 
 Kept = dict[int, Tensor]  # by dimension, a bool mask over its indices
-Doomed = Mapping[Group, Sequence[int]]
+ToRemove = Mapping[Group, Sequence[int]]
 
 
-def remove_units(program: Program, doomed: Doomed) -> int:
+def remove_units(program: Program, to_remove: ToRemove) -> int:
     """Remove units of a program, in place.
 
     Args:
         program: the program that the groups were found in, unchanged since.
-        doomed: for each group, the numbers of the units to remove.
+        to_remove: for each group, the numbers of the units to remove.
 
     Returns:
         How many units were removed.
@@ -39,14 +39,14 @@ def remove_units(program: Program, doomed: Doomed) -> int:
         PostconditionError: a node does not come out as the analysis says; nothing was changed.
 
     """
-    doomed = {group: sorted(set(units)) for group, units in doomed.items() if len(units)}
-    for group, units in doomed.items():
+    to_remove = {group: sorted(set(units)) for group, units in to_remove.items() if len(units)}
+    for group, units in to_remove.items():
         _check(group, units)
-    if not doomed:
+    if not to_remove:
         return 0
-    analysis, dead = identify(program, doomed)
+    analysis, removed_mask = identify(program, to_remove)
     kept = {
-        node: remaining(analysis, value, dead)
+        node: remaining_indices(analysis, value, removed_mask)
         for node, value in analysis.flow.values.items()
         if value is not None
     }
@@ -54,7 +54,7 @@ def remove_units(program: Program, doomed: Doomed) -> int:
     cut(program, kept)
     _record(program, kept)
     _slice_masks(program, kept)
-    return sum(len(units) for units in doomed.values())
+    return sum(len(units) for units in to_remove.values())
 
 
 def _check(group: Group, units: Sequence[int]) -> None:
@@ -67,40 +67,42 @@ def _check(group: Group, units: Sequence[int]) -> None:
         raise InputError(f"group {group.name} would lose all of its {total} units; keep one")
 
 
-def identify(program: Program, doomed: Doomed) -> tuple[Analysis, NDArray[np.bool_]]:
-    """Analyse a program afresh and say which of its identities are doomed.
+def identify(program: Program, to_remove: ToRemove) -> tuple[Analysis, NDArray[np.bool_]]:
+    """Analyse a program afresh and say which of its identities are to be removed.
 
     Raises:
         InputError: a group is not of this program as it is now.
 
     """
-    analysis = analyse(program, _preference(doomed))
+    analysis = analyse(program, _preference(to_remove))
     found = {group.name: group for group in analysis.groups}
-    dead = np.zeros(len(analysis.component), dtype=bool)
-    for group, units in doomed.items():
+    removed_mask = np.zeros(len(analysis.component), dtype=bool)
+    for group, units in to_remove.items():
         current = found.get(group.name)
         if current is None or len(current.units) != len(group.units):
             raise InputError(
                 f"group {group.name} is not of this program as it is now; find the groups again"
             )
-        dead |= np.isin(analysis.component, current.components[list(units)])
-    return analysis, dead
+        removed_mask |= np.isin(analysis.component, current.components[list(units)])
+    return analysis, removed_mask
 
 
-def _preference(doomed: Doomed) -> Any:
-    return next(iter(doomed)).preference
+def _preference(to_remove: ToRemove) -> Any:
+    return next(iter(to_remove)).preference
 
 
-def remaining(analysis: Analysis, value: Any, dead: NDArray[np.bool_]) -> list[Kept]:
+def remaining_indices(
+    analysis: Analysis, value: Any, removed_mask: NDArray[np.bool_]
+) -> list[Kept]:
     """For each tensor of a value, which indices of each dimension stay."""
     found = []
     for labels in value if isinstance(value, list) else [value]:
         kept: Kept = {}
-        for layer in labels.layers if isinstance(labels, Labels) else ():
-            ids = layer.ids.numpy()
-            mask = torch.from_numpy(~dead[ids] | (ids == 0))
+        for entry in labels.entries if isinstance(labels, Labels) else ():
+            ids = entry.ids.numpy()
+            mask = torch.from_numpy(~removed_mask[ids] | (ids == 0))
             if not bool(mask.all()):
-                kept[layer.dim] = kept[layer.dim] & mask if layer.dim in kept else mask
+                kept[entry.dim] = kept[entry.dim] & mask if entry.dim in kept else mask
         found.append(kept)
     return found
 
@@ -122,6 +124,7 @@ def cut(program: Program, kept: Mapping[fx.Node, list[Kept]]) -> None:
     shapes = {node: _shapes(node) for node in kept}
     sliced: set[int] = set()
     repairs = known_repairs()
+    _restore_sizes(program, kept)
     for node in program.graph.nodes:
         if node not in kept or (not any(kept[node]) and not _reads_any(node, kept)):
             continue
@@ -132,7 +135,9 @@ def cut(program: Program, kept: Mapping[fx.Node, list[Kept]]) -> None:
             continue
         repair = repairs.get(packet_of(node))
         if repair is not None:
-            repair(node, Remains(shapes[node], kept[node], lambda arg: _masks(kept, arg), program))
+            repair(
+                node, Remaining(shapes[node], kept[node], lambda arg: _masks(kept, arg), program)
+            )
     program.refresh()
     for node, shape in expected.items():
         if _shapes(node) != shape:
@@ -140,6 +145,28 @@ def cut(program: Program, kept: Mapping[fx.Node, list[Kept]]) -> None:
                 f"after removal, node {node.name} ({node.target}) has shape {_shapes(node)} where "
                 f"{shape} was expected; please report it with the model"
             )
+
+
+def _restore_sizes(program: Program, kept: Mapping[fx.Node, list[Kept]]) -> None:
+    """Let what is computed from the size of a cut dimension see the size that it had.
+
+    So computed sizes are those of the dense program, until a repair scales them where it must.
+    """
+    for node in list(program.graph.nodes):
+        if node.target is not torch.ops.aten.sym_size.int or not node.users:
+            continue
+        mask = _masks(kept, node.args[0]).get(int(node.args[1]) % _rank(node.args[0]))
+        if mask is not None:
+            users = list(node.users)
+            new, old = int(mask.sum()), mask.numel()
+            restored = scaled(program, node.next, node, old, new)
+            restored.meta["val"] = old
+            for user in users:
+                user.replace_input_with(node, restored)
+
+
+def _rank(node: Any) -> int:
+    return int(node.meta["val"].dim())
 
 
 def _reads_any(node: fx.Node, kept: Mapping[fx.Node, list[Kept]]) -> bool:

@@ -17,7 +17,7 @@ from fxprune.graph.functionalize import state_kept
 from fxprune.graph.program import Program
 from fxprune.structure.flow import Read
 from fxprune.structure.groups import Group
-from fxprune.structure.removal import Kept, identify, remaining, remove_units
+from fxprune.structure.removal import Kept, identify, remaining_indices, remove_units
 
 DRAW = 0.5  # what a standard normal draw gives while a removal is checked
 
@@ -38,48 +38,50 @@ class RemovalCheck:
 
 
 def verify_removal(
-    program: Program, doomed: Mapping[Group, Sequence[int]], inputs: tuple[Any, ...] | None = None
+    program: Program,
+    to_remove: Mapping[Group, Sequence[int]],
+    inputs: tuple[Any, ...] | None = None,
 ) -> RemovalCheck:
-    """Compare removal with zeroing everything that reads the doomed units (zero-then-remove).
+    """Compare removal with zeroing everything that reads the units to remove (zero-then-remove).
 
     Works on copies; random operators give the same values in both (``FixedDraws``), and state that
     the model writes stays as it was. NaN and infinities on one side only count as an infinite
-    difference. Where a normalisation mixes doomed units with others, removal changes its statistics
-    and the two must differ; then there is no error, but a reason.
+    difference. Where a normalisation mixes units to remove with others, removal changes its
+    statistics and the two must differ; then there is no error, but a reason.
 
     Args:
         program: the program that the groups were found in.
-        doomed: for each group, the numbers of units.
+        to_remove: for each group, the numbers of units.
         inputs: what to run on; by default the example inputs.
 
     """
     mixing = sorted(
-        {name for group, units in doomed.items() if len(units) for name in group.mixed_by}
+        {name for group, units in to_remove.items() if len(units) for name in group.mixed_by}
     )
     if mixing:
         shown = ", ".join(mixing[:3]) + (", ..." if len(mixing) > 3 else "")
         return RemovalCheck(None, f"removed units are mixed with others by {shown}")
     inputs = program.example_inputs if inputs is None else inputs
     smaller = program.copy()
-    remove_units(smaller, doomed)
+    remove_units(smaller, to_remove)
     with torch.no_grad(), FixedDraws(normal=DRAW):
         with state_kept(program):
-            expected = _unread(program, doomed, inputs)
+            expected = _unread(program, to_remove, inputs)
         found = smaller(*inputs)
     return RemovalCheck(worst_error(pytree.tree_leaves(expected), pytree.tree_leaves(found)))
 
 
 def _unread(
-    program: Program, doomed: Mapping[Group, Sequence[int]], inputs: tuple[Any, ...]
+    program: Program, to_remove: Mapping[Group, Sequence[int]], inputs: tuple[Any, ...]
 ) -> Any:
-    """Run the program with every read of the doomed units seeing zeros."""
-    analysis, dead = identify(program, doomed)
+    """Run the program with every read of the units to remove seeing zeros."""
+    analysis, removed_mask = identify(program, to_remove)
     masks: dict[fx.Node, list[tuple[Read, Kept]]] = {}
     for node, reads in analysis.flow.reads.items():
         found = []
         for read in reads:
             source = _pick(node.args, read)
-            kept = remaining(analysis, analysis.flow.values.get(source), dead)[0]
+            kept = remaining_indices(analysis, analysis.flow.values.get(source), removed_mask)[0]
             if read.dim in kept:
                 found.append((read, kept))
         if found:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxprune.graph.node_args import arguments
-from fxprune.structure.flow import Flow, Path, Read, Rule
-from fxprune.structure.labels import Labels, Layer
+from fxprune.graph.node_args import argument, arguments
+from fxprune.structure.flow import Flow, Path, Read
+from fxprune.structure.labels import DimLabels, Labels
+from fxprune.structure.rules.record import OperatorRule, Remaining
 
 aten = torch.ops.aten
 
@@ -29,7 +31,7 @@ def contract(
         result: one letter per dimension of the result.
 
     """
-    layers: tuple[Layer, ...] = ()
+    entries: tuple[DimLabels, ...] = ()
     reads = []
     for letter in dict.fromkeys("".join(letters for _, _, letters in operands)):
         places = [
@@ -41,11 +43,11 @@ def contract(
         out_dim = result.find(letter)
         found = flow.align(node, [(labels, dim) for _, labels, dim in places], max(out_dim, 0))
         if out_dim >= 0:
-            layers += found
+            entries += found
         else:
             reads.append(Read(places[0][0], places[0][2]))
     flow.reads[node] = flow.reads.get(node, ()) + tuple(reads)
-    return Labels(tuple(node.meta["val"].shape), layers)
+    return Labels(tuple(node.meta["val"].shape), entries)
 
 
 def _letters(count: int) -> str:
@@ -131,10 +133,10 @@ def _note_einsum_roles(flow: Flow, terms: list[str], labels: list[Labels], resul
     if flow.survey is None:
         return
     for term, found in zip(terms, labels, strict=True):
-        for layer in found.layers:
-            shared = term[layer.dim] in terms[0] and term[layer.dim] in terms[1]
-            role = "heads" if shared and term[layer.dim] in result else "head_dim"
-            flow.survey.note(role, layer.ids)
+        for entry in found.entries:
+            shared = term[entry.dim] in terms[0] and term[entry.dim] in terms[1]
+            role = "heads" if shared and term[entry.dim] in result else "head_dim"
+            flow.survey.note(role, entry.ids)
 
 
 def _note_roles(flow: Flow, node: fx.Node, left: Labels, right: Labels) -> None:
@@ -142,9 +144,9 @@ def _note_roles(flow: Flow, node: fx.Node, left: Labels, right: Labels) -> None:
     if flow.survey is None:
         return
     for labels in (left, right):
-        for layer in labels.layers:
-            role = "heads" if layer.dim < len(labels.shape) - 2 else "head_dim"
-            flow.survey.note(role, layer.ids)
+        for entry in labels.entries:
+            role = "heads" if entry.dim < len(labels.shape) - 2 else "head_dim"
+            flow.survey.note(role, entry.ids)
 
 
 def attention(flow: Flow, node: fx.Node) -> Any:
@@ -172,11 +174,11 @@ def attention(flow: Flow, node: fx.Node) -> Any:
 def _repeat_heads(labels: Labels, heads: int) -> Labels:
     dim = len(labels.shape) - 3
     times = heads // labels.shape[dim]
-    layers = tuple(
-        Layer(dim, layer.ids.repeat_interleave(times)) if layer.dim == dim else layer
-        for layer in labels.layers
+    entries = tuple(
+        DimLabels(dim, entry.ids.repeat_interleave(times)) if entry.dim == dim else entry
+        for entry in labels.entries
     )
-    return Labels((*labels.shape[:dim], heads, *labels.shape[dim + 1 :]), layers)
+    return Labels((*labels.shape[:dim], heads, *labels.shape[dim + 1 :]), entries)
 
 
 def distances(flow: Flow, node: fx.Node) -> Any:
@@ -190,17 +192,19 @@ def distances(flow: Flow, node: fx.Node) -> Any:
     return contract(flow, node, places, batch + "xy")
 
 
-RULES: dict[Any, Rule] = {
-    aten.linear: linear,
-    aten.matmul: matmul,
-    aten.mm: matmul,
-    aten.bmm: matmul,
-    aten.mv: matmul,
-    aten.dot: matmul,
-    aten.addmm: addmm,
-    aten.baddbmm: addmm,
-    aten.bilinear: bilinear,
-    aten.cdist: distances,
-    aten.einsum: einsum,
-    aten.scaled_dot_product_attention: attention,
+def _attention(node: fx.Node, remaining: Remaining) -> None:
+    width = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+    rank = len(remaining.before[0])
+    if argument(node, "scale") is None and rank - 1 in remaining.operand(node.args[0]):
+        node.update_kwarg("scale", 1.0 / math.sqrt(width))
+
+
+RULES: dict[Any, OperatorRule] = {
+    aten.linear: OperatorRule(linear),
+    **dict.fromkeys((aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot), OperatorRule(matmul)),
+    **dict.fromkeys((aten.addmm, aten.baddbmm), OperatorRule(addmm)),
+    aten.bilinear: OperatorRule(bilinear),
+    aten.cdist: OperatorRule(distances),
+    aten.einsum: OperatorRule(einsum),
+    aten.scaled_dot_product_attention: OperatorRule(attention, _attention),
 }

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
-from fxprune.graph.node_args import CONVOLUTIONS, arguments
-from fxprune.structure.flow import Flow, Read, Rule
-from fxprune.structure.labels import Labels, Layer
+from fxprune.graph.node_args import argument, arguments, assign
+from fxprune.structure.flow import Flow, NotCovered, Read
+from fxprune.structure.labels import DimLabels, Labels
+from fxprune.structure.rules.record import OperatorRule, Remaining
+
+aten = torch.ops.aten
 
 
 def convolution(flow: Flow, node: fx.Node) -> Any:
@@ -26,7 +30,7 @@ def convolution(flow: Flow, node: fx.Node) -> Any:
     bias = flow.labels(given["bias"]) if isinstance(given["bias"], fx.Node) else None
     groups, wide = given["groups"], 1 if transposed else 0
     if isinstance(groups, fx.Node):
-        raise ValueError("its number of groups depends on the batch")
+        raise NotCovered("its number of groups depends on the batch")
     if groups == 1:
         flow.align(node, [(operand, channel), (weight, 1 - wide)], channel)
         made = [(weight, wide)]
@@ -34,28 +38,30 @@ def convolution(flow: Flow, node: fx.Node) -> Any:
         made = [(_grouped(flow, node, operand, weight, channel, groups, transposed), 0)]
     if bias is not None:
         made.append((bias, 0))
-    layers = flow.align(node, made, channel)
-    kept = tuple(layer for layer in operand.layers if layer.dim < channel)
-    return Labels(tuple(node.meta["val"].shape), kept + layers + slid)
+    entries = flow.align(node, made, channel)
+    kept = tuple(entry for entry in operand.entries if entry.dim < channel)
+    return Labels(tuple(node.meta["val"].shape), kept + entries + slid)
 
 
-def _freeze_space(flow: Flow, node: fx.Node, operand: Labels, weight: Labels) -> tuple[Layer, ...]:
+def _freeze_space(
+    flow: Flow, node: fx.Node, operand: Labels, weight: Labels
+) -> tuple[DimLabels, ...]:
     """Fix what the kernel slides along, unless it is channels, as in efficient channel attention.
 
     There a kernel with padding runs along the channels of a pooled image: it mixes neighbours.
     """
-    kernel = [layer for layer in weight.layers if layer.dim > 1]
+    kernel = [entry for entry in weight.entries if entry.dim > 1]
     flow.freeze(node, kernel, "it is a convolution kernel's extent", silent=True)
     first = len(operand.shape) - len(weight.shape) + 2
-    space = [layer for layer in operand.layers if layer.dim >= first]
+    space = [entry for entry in operand.entries if entry.dim >= first]
     given = arguments(node)
     is_same = tuple(node.meta["val"].shape[first:]) == operand.shape[first:]
     if is_same and set(weight.shape[2:]) == {1}:
         return tuple(space)  # every position for itself
     is_line = len(weight.shape) == 3 and is_same and given["stride"] in (1, [1])
-    mixed = tuple(layer for layer in space if is_line and not flow.is_factor(layer))
+    mixed = tuple(entry for entry in space if is_line and not flow.is_factor(entry))
     flow.mix(node, mixed)
-    fixed = [layer for layer in space if layer not in mixed]
+    fixed = [entry for entry in space if entry not in mixed]
     flow.freeze(node, fixed, "a convolution slides along it")
     return mixed
 
@@ -72,8 +78,8 @@ def _grouped(
         flow.freeze(node, [*weight.at(0), *weight.at(1)], "its input channels cannot shrink")
         return Labels((groups * out,))
     rows, columns = next(weight.at(0), None), next(weight.at(1), None)
-    made: Layer | None
-    inner: Layer | Tensor | None
+    made: DimLabels | None
+    inner: DimLabels | Tensor | None
     if rows is None:
         flow.freeze(node, [entering], "the weight of this convolution is not a parameter")
         return Labels((groups * out,))
@@ -89,7 +95,7 @@ def _grouped(
 
 
 def _whole_groups(
-    flow: Flow, node: fx.Node, incoming: Tensor, made: Layer | None, inner: Any,
+    flow: Flow, node: fx.Node, incoming: Tensor, made: DimLabels | None, inner: Any,
     size: tuple[int, int],
 ) -> Labels:  # fmt: skip
     """Everything in a group goes together; positions within groups stay."""
@@ -97,7 +103,7 @@ def _whole_groups(
     flow.merge(node, incoming[:, :1].expand_as(incoming), incoming)
     owner = incoming[:, :1]
     within = "groups of a convolution go whole"
-    if isinstance(inner, Layer):  # one dimension of the weight counts positions within a group
+    if isinstance(inner, DimLabels):  # one dimension of the weight counts positions within a group
         flow.freeze(node, [inner], within, silent=True)
     elif isinstance(inner, Tensor):
         flow.merge(node, owner.expand_as(inner), inner)
@@ -107,29 +113,42 @@ def _whole_groups(
     elif made is not None:
         flow.freeze(node, [made], within, silent=True)
     ids = owner.expand(groups, out).reshape(-1)
-    return Labels((groups * out,), (Layer(0, ids),))
+    return Labels((groups * out,), (DimLabels(0, ids),))
 
 
 def _same_offset(
-    flow: Flow, node: fx.Node, incoming: Tensor, made: Layer | None, inner: Any,
+    flow: Flow, node: fx.Node, incoming: Tensor, made: DimLabels | None, inner: Any,
     size: tuple[int, int],
 ) -> Labels:  # fmt: skip
     """The same position goes in every group, on either side alone."""
     groups, out = size
     flow.merge(node, incoming[:1].expand_as(incoming), incoming)
-    if isinstance(inner, Layer):
+    if isinstance(inner, DimLabels):
         flow.merge(node, incoming[0], inner.ids)
     elif isinstance(inner, Tensor):
         flow.merge(node, incoming, inner)
     elif incoming.shape[1] > 1:
-        flow.freeze(node, [Layer(0, incoming[0])], "the weight does not count these channels")
+        flow.freeze(node, [DimLabels(0, incoming[0])], "the weight does not count these channels")
     if made is None:
         return Labels((groups * out,))
     if made.ids.numel() == out:
-        return Labels((groups * out,), (Layer(0, made.ids.repeat(groups)),))
+        return Labels((groups * out,), (DimLabels(0, made.ids.repeat(groups)),))
     outgoing = made.ids.view(groups, out)
     flow.merge(node, outgoing[:1].expand_as(outgoing), outgoing)
-    return Labels((groups * out,), (Layer(0, outgoing[:1].expand_as(outgoing).reshape(-1)),))
+    return Labels((groups * out,), (DimLabels(0, outgoing[:1].expand_as(outgoing).reshape(-1)),))
 
 
-RULES: dict[Any, Rule] = dict.fromkeys(CONVOLUTIONS, convolution)
+def _convolution(node: fx.Node, remaining: Remaining) -> None:
+    groups = argument(node, "groups")
+    channel = len(remaining.before[0]) - len(node.args[1].meta["val"].shape) + 1  # type: ignore[union-attr]
+    mask = remaining.operand(node.args[0]).get(channel)
+    if groups == 1 or mask is None:
+        return
+    assign(node, "groups", int(mask.view(groups, -1).any(1).sum()))
+
+
+RULES: dict[Any, OperatorRule] = {
+    getattr(aten, f"{name}{extent}"): OperatorRule(convolution, _convolution)
+    for name in ("conv", "conv_transpose")
+    for extent in ("1d", "2d", "3d")
+}

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.graph.node_args import arguments
-from fxprune.structure.flow import Flow, Rule
-from fxprune.structure.labels import Labels, Layer
+from fxprune.graph.surgery import set_tensor
+from fxprune.structure.flow import Flow
+from fxprune.structure.labels import DimLabels, Labels
 from fxprune.structure.rules.movement import replay
+from fxprune.structure.rules.record import OperatorRule, Remaining
 
 aten = torch.ops.aten
 
@@ -31,15 +33,15 @@ def index_select(flow: Flow, node: fx.Node) -> Any:
 def _take(flow: Flow, node: fx.Node, source: Labels, indices: list[Any]) -> Any:
     """A constant list of indices moves what it indexes; otherwise that stays."""
     used = [dim for dim, item in enumerate(indices) if item is not None]
-    picked: tuple[Layer, ...] = ()
+    picked: tuple[DimLabels, ...] = ()
     numbers = _constant(flow, indices[used[0]]) if len(used) == 1 else None
     for dim in used:
-        own = flow.labels(indices[dim]).layers
+        own = flow.labels(indices[dim]).entries
         found = list(source.at(dim))
         if numbers is not None and found and own:
-            picked = tuple(Layer(dim, layer.ids[numbers]) for layer in found)
-            for layer in picked:
-                flow.merge(node, layer.ids, own[0].ids)
+            picked = tuple(DimLabels(dim, entry.ids[numbers]) for entry in found)
+            for entry in picked:
+                flow.merge(node, entry.ids, own[0].ids)
             continue
         is_table = isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
         flow.freeze(node, found, "it is indexed by numbers", silent=is_table)
@@ -51,7 +53,7 @@ def _take(flow: Flow, node: fx.Node, source: Labels, indices: list[Any]) -> Any:
     ]
     rest = Labels(source.shape, source.without(*used))
     moved = replay(flow, node, rest, lambda ids: aten.index(ids, zeros))
-    return Labels(moved.shape, moved.layers + picked)
+    return Labels(moved.shape, moved.entries + picked)
 
 
 def _constant(flow: Flow, item: fx.Node) -> Tensor | None:
@@ -70,7 +72,7 @@ def select(flow: Flow, node: fx.Node) -> Any:
     source, given = flow.labels(node.args[0]), arguments(node)
     dim = given["dim"] % len(source.shape)
     number = flow.concrete(given["index"])
-    chosen = [Layer(0, layer.ids[number].view(1)) for layer in source.at(dim)]
+    chosen = [DimLabels(0, entry.ids[number].view(1)) for entry in source.at(dim)]
     flow.freeze(node, chosen, "this index is picked out by its number")
     rest = Labels(source.shape, source.without(dim))
     return replay(flow, node, rest, lambda ids: ids.select(dim, 0))
@@ -82,14 +84,14 @@ def gather(flow: Flow, node: fx.Node) -> Any:
     source, index = flow.labels(given["self"]), flow.labels(given["index"])
     dim = given["dim"] % max(len(source.shape), 1)
     flow.freeze(node, [*source.at(dim), *index.at(dim)], "it is gathered by numbers")
-    layers: tuple[Layer, ...] = ()
+    entries: tuple[DimLabels, ...] = ()
     for other in range(len(source.shape)):
         if other != dim and source.shape[other] == index.shape[other]:
-            layers += flow.align(node, [(source, other), (index, other)], other)
+            entries += flow.align(node, [(source, other), (index, other)], other)
         elif other != dim:
             met = [*source.at(other), *index.at(other)]
             flow.freeze(node, met, "only a part of it is gathered")
-    return Labels(index.shape, layers)
+    return Labels(index.shape, entries)
 
 
 def unbind(flow: Flow, node: fx.Node) -> Any:
@@ -101,10 +103,33 @@ def unbind(flow: Flow, node: fx.Node) -> Any:
     return replay(flow, node, rest, lambda ids: ids.unbind(dim))
 
 
-RULES: dict[Any, Rule] = {
-    aten.index: index,
-    aten.index_select: index_select,
-    aten.select: select,
-    aten.gather: gather,
-    aten.unbind: unbind,
+def _select(node: fx.Node, remaining: Remaining) -> None:
+    source, dim, number = node.args
+    rank = source.meta["val"].dim()  # type: ignore[union-attr]
+    mask = remaining.operand(source).get(int(dim) % rank)  # type: ignore[arg-type]
+    if mask is not None:
+        node.update_arg(2, int(mask[: int(number) % mask.numel()].sum()))  # type: ignore[arg-type]
+
+
+def _index(node: fx.Node, remaining: Remaining) -> None:
+    """A constant list of indices, already cut, is renumbered."""
+    args: Any = node.args
+    source = args[0]
+    if "index_select" in str(node.target):
+        dim, index = args[1] % source.meta["val"].dim(), args[2]
+    else:
+        dim, index = next((dim, item) for dim, item in enumerate(args[1]) if item is not None)
+    mask = remaining.operand(source).get(dim)
+    if mask is not None:
+        old = remaining.program.tensor(str(index.target))
+        number = (mask.cumsum(0) - 1).to(old.device, old.dtype)
+        set_tensor(remaining.program, str(index.target), number[old.long() % mask.numel()])
+
+
+RULES: dict[Any, OperatorRule] = {
+    aten.index: OperatorRule(index, _index),
+    aten.index_select: OperatorRule(index_select, _index),
+    aten.select: OperatorRule(select, _select),
+    aten.gather: OperatorRule(gather),
+    aten.unbind: OperatorRule(unbind),
 }

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.node_args import arguments
-from fxprune.structure.flow import Flow, Rule
-from fxprune.structure.labels import Labels, Layer, spread
+from fxprune.graph.node_args import argument
+from fxprune.graph.operators import packets
+from fxprune.structure.flow import Flow, NotCovered
+from fxprune.structure.labels import DimLabels, Labels, spread
+from fxprune.structure.rules.record import OperatorRule, Remaining, Repair
 
 aten = torch.ops.aten
 
@@ -20,15 +22,26 @@ def reshape(flow: Flow, node: fx.Node) -> Any:
     So the work is that of the labels, not that of the activations.
     """
     source, shape = flow.labels(node.args[0]), tuple(node.meta["val"].shape)
-    layers: tuple[Layer, ...] = ()
-    for layer in source.layers:
-        before, after = _block_of(source.shape, shape, layer.dim)
+    if 0 in shape:
+        return Labels(shape)
+    entries: tuple[DimLabels, ...] = ()
+    for entry in source.entries:
+        before, after = _block_of(source.shape, shape, entry.dim)
         inner = tuple(source.shape[before.start : before.stop])
-        ids = spread(Layer(layer.dim - before.start, layer.ids), inner)
+        ids = spread(DimLabels(entry.dim - before.start, entry.ids), inner)
         ids = ids.reshape(shape[after.start : after.stop])
         view = (1,) * after.start + tuple(ids.shape) + (1,) * (len(shape) - after.stop)
-        layers += flow.settle(node, layer.dim, ids.reshape(view))
-    return Labels(shape, flow.sole(node, layers))
+        entries += flow.settle(node, entry.dim, ids.reshape(view))
+    return Labels(shape, flow.sole(node, entries))
+
+
+def reshape_like(flow: Flow, node: fx.Node) -> Any:
+    """A view whose sizes are those of another value, and shrink with them."""
+    moved, other = reshape(flow, node), flow.labels(node.args[1])
+    entries: tuple[DimLabels, ...] = ()
+    for dim in range(len(other.shape)):
+        entries += flow.align(node, [(moved, dim), (other, dim)], dim)
+    return Labels(other.shape, entries)
 
 
 def _block_of(before: tuple[int, ...], after: tuple[int, ...], dim: int) -> tuple[range, range]:
@@ -48,8 +61,10 @@ def _block_of(before: tuple[int, ...], after: tuple[int, ...], dim: int) -> tupl
 
 
 def move(flow: Flow, node: fx.Node) -> Any:
-    """Execute a one-operand movement on the identities of each layer of its operand."""
+    """Execute a one-operand movement on the identities of each entry of its operand."""
     source = flow.labels(node.args[0])
+    if any(isinstance(other.meta.get("val"), Tensor) for other in node.all_input_nodes[1:]):
+        raise NotCovered("where elements go is computed")
     target: Any = node.target
     rest = flow.concrete(node.args[1:])
     keywords = {name: flow.concrete(value) for name, value in node.kwargs.items()}
@@ -57,19 +72,19 @@ def move(flow: Flow, node: fx.Node) -> Any:
 
 
 def replay(flow: Flow, node: fx.Node, source: Labels, movement: Any) -> Any:
-    """Label a node's outputs by what ``movement`` does to each layer of ``source``."""
+    """Label a node's outputs by what ``movement`` does to each entry of ``source``."""
     value = node.meta["val"]
     shapes = _shapes(value)
-    collected: list[list[Layer]] = [[] for _ in shapes]
-    for layer in source.layers:
-        moved = movement(spread(layer, source.shape))
+    collected: list[list[DimLabels]] = [[] for _ in shapes]
+    for entry in source.entries:
+        moved = movement(spread(entry, source.shape))
         pieces = moved if isinstance(moved, (list, tuple)) else [moved]
         for number, piece in enumerate(pieces):
-            key = layer.dim + len(source.shape) * number
+            key = entry.dim + len(source.shape) * number
             collected[number].extend(flow.settle(node, key, piece))
     labelled = [
-        Labels(shape, flow.sole(node, tuple(layers)))
-        for shape, layers in zip(shapes, collected, strict=True)
+        Labels(shape, flow.sole(node, tuple(entries)))
+        for shape, entries in zip(shapes, collected, strict=True)
     ]
     return labelled if isinstance(value, (list, tuple)) else labelled[0]
 
@@ -81,16 +96,22 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
 
 
 def expand(flow: Flow, node: fx.Node) -> Any:
-    """A dimension of size one that is expanded may shrink again: its size is a literal."""
+    """A dimension of size one that is expanded may shrink again with the size that it is given."""
     source, shape = flow.labels(node.args[0]), tuple(node.meta["val"].shape)
     moved = replay(flow, node, source, lambda ids: ids.expand(shape))
-    offset = len(shape) - len(source.shape)
-    grown = tuple(
-        Layer(dim, flow.literal(node, dim, size))
-        for dim, size in enumerate(shape)
-        if size > 1 and (dim < offset or source.shape[dim - offset] == 1)
-    )
-    return Labels(shape, moved.layers + grown)
+    sizes: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    return Labels(shape, moved.entries + _grown(flow, node, source, sizes))
+
+
+def expand_like(flow: Flow, node: fx.Node) -> Any:
+    """A dimension of size one that is expanded takes the labels of the one it is expanded to."""
+    source, other = flow.labels(node.args[0]), flow.labels(node.args[1])
+    offset = len(other.shape) - len(source.shape)
+    entries: tuple[DimLabels, ...] = ()
+    for dim in range(len(other.shape)):
+        met = [(other, dim)] if dim < offset else [(source, dim - offset), (other, dim)]
+        entries += flow.align(node, met, dim)
+    return Labels(other.shape, entries)
 
 
 def repeat(flow: Flow, node: fx.Node) -> Any:
@@ -98,121 +119,99 @@ def repeat(flow: Flow, node: fx.Node) -> Any:
     source, shape = flow.labels(node.args[0]), tuple(node.meta["val"].shape)
     times = flow.concrete(node.args[1])
     moved = replay(flow, node, source, lambda ids: ids.repeat(times))
+    given: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    return Labels(shape, moved.entries + _grown(flow, node, source, given))
+
+
+def _grown(flow: Flow, node: fx.Node, source: Labels, sizes: list[Any]) -> tuple[DimLabels, ...]:
+    """Label the dimensions that had no size before, or a size of one."""
+    shape = tuple(node.meta["val"].shape)
     offset = len(shape) - len(source.shape)
-    grown = tuple(
-        Layer(dim, flow.literal(node, dim, size))
-        for dim, size in enumerate(shape)
-        if size > 1 and (dim < offset or source.shape[dim - offset] == 1)
-    )
-    return Labels(shape, moved.layers + grown)
+    grown: tuple[DimLabels, ...] = ()
+    for dim, size in enumerate(shape):
+        if size > 1 and (dim < offset or source.shape[dim - offset] == 1):
+            grown += flow.sized(node, dim, sizes[dim], size)
+    return grown
 
 
-def concatenate(flow: Flow, node: fx.Node) -> Any:
-    """Labels join along the dimension and must agree along the others."""
-    given = arguments(node)
-    sources = [flow.labels(item) for item in given["tensors"]]
-    shape = tuple(node.meta["val"].shape)
-    dim = (given["dim"] or 0) % len(shape)
-    sources = [source for source in sources if len(source.shape) == len(shape)]
-    ids = [_joined(flow, node, source, dim) for source in sources]
-    layers: tuple[Layer, ...] = ()
-    if any(part is not None for part in ids):
-        none = [torch.zeros(source.shape[dim], dtype=torch.int32) for source in sources]
-        parts = [n if part is None else part for n, part in zip(none, ids, strict=True)]
-        layers = (Layer(dim, torch.cat(parts)),)
-    for other in range(len(shape)):
-        if other != dim:
-            layers += flow.align(node, [(source, other) for source in sources], other)
-    return Labels(shape, layers)
+def _sizes(position: int, *, inferred: bool = True) -> Repair:
+    """Repair a list of the output's sizes; a computed one is inferred if the operator permits."""
+
+    def repair(node: fx.Node, remaining: Remaining) -> None:
+        sizes: list[Any] = list(node.args[position])  # type: ignore[arg-type]
+        offset = len(remaining.before[0]) - len(sizes)
+        for number, size in enumerate(sizes):
+            dim = number + offset
+            if dim not in remaining.kept[0]:
+                continue
+            if isinstance(size, fx.Node) and inferred:  # a symbolic product, such as batch * heads
+                if -1 in sizes:  # only one size can be inferred, and the batch is in this one
+                    other = sizes.index(-1)
+                    sizes[other] = remaining.size(other + offset)
+                sizes[number] = -1
+            elif size != -1:
+                sizes[number] = remaining.resized(node, size, dim)
+        node.update_arg(position, sizes)
+
+    return repair
 
 
-def _joined(flow: Flow, node: fx.Node, source: Labels, dim: int) -> Tensor | None:
-    layers = list(source.at(dim))
-    flow.freeze(node, layers[1:], "two labels meet in a concatenation")
-    return layers[0].ids if layers else None
+def _unflatten(node: fx.Node, remaining: Remaining) -> None:
+    sizes: list[Any] = list(node.args[2])  # type: ignore[arg-type]
+    first = int(node.args[1]) % node.args[0].meta["val"].dim()  # type: ignore[union-attr, arg-type]
+    for number, size in enumerate(sizes):
+        if first + number in remaining.kept[0] and isinstance(size, int) and size != -1:
+            sizes[number] = remaining.size(first + number)
+    node.update_arg(2, sizes)
 
 
-def stack(flow: Flow, node: fx.Node) -> Any:
-    """Labels must agree along every dimension that was there before."""
-    given = arguments(node)
-    sources = [flow.labels(item) for item in given["tensors"]]
-    shape = tuple(node.meta["val"].shape)
-    new = (given["dim"] or 0) % len(shape)
-    layers: tuple[Layer, ...] = ()
-    for dim in range(len(shape) - 1):
-        out_dim = dim + (dim >= new)
-        layers += flow.align(node, [(source, dim) for source in sources], out_dim)
-    return Labels(shape, layers)
+def _split(node: fx.Node, remaining: Remaining) -> None:
+    dim = argument(node, "dim") % len(remaining.before[0])
+    sizes = [remaining.size(dim, piece) for piece in range(len(remaining.before))]
+    if any(dim in kept for kept in remaining.kept):
+        node.update_arg(1, sizes)
 
 
-def pad(flow: Flow, node: fx.Node) -> Any:
-    """Constant padding makes units of its own; their number is a literal of the node."""
-    source, shape = flow.labels(node.args[0]), tuple(node.meta["val"].shape)
-    amounts = [flow.concrete(amount) for amount in flow.concrete(node.args[1])]
-    layers = []
-    for layer in source.layers:
-        position = 2 * (len(shape) - 1 - layer.dim)
-        before, after = amounts[position : position + 2] if position < len(amounts) else (0, 0)
-        ids = layer.ids[max(-before, 0) : layer.ids.numel() - max(-after, 0)]
-        made = flow.literal(node, layer.dim, max(before, 0) + max(after, 0))
-        sides = made[: max(before, 0)], made[max(before, 0) :]
-        layers.append(Layer(layer.dim, torch.cat([sides[0], ids, sides[1]])))
-    return Labels(shape, tuple(layers))
+def _repeat(node: fx.Node, remaining: Remaining) -> None:
+    """Only dimensions of size one that were repeated carry a literal."""
+    times: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    offset = len(times) - len(shape)
+    for dim in remaining.kept[0]:
+        if dim < offset or shape[dim - offset] == 1:
+            times[dim] = remaining.resized(node, times[dim], dim)
+    node.update_arg(1, times)
 
 
-def pad_mirrored(flow: Flow, node: fx.Node) -> Any:
-    """Reflection, replication and wrapping read other positions: the padded dimensions stay."""
-    source = flow.labels(node.args[0])
-    amounts = flow.concrete(node.args[1])
-    padded = {-1 - position // 2 for position, amount in enumerate(amounts) if amount}
-    for dim in padded:
-        flow.freeze(node, source.at(dim), "its positions are repeated as padding")
-    return Labels(tuple(node.meta["val"].shape), source.without(*padded))
+def _narrow(node: fx.Node, remaining: Remaining) -> None:
+    rank = len(remaining.before[0])
+    dim = int(node.args[1]) % rank  # type: ignore[arg-type]
+    mask = remaining.operand(node.args[0]).get(dim)
+    if mask is not None:
+        node.update_arg(2, int(mask[: int(node.args[2])].sum()))  # type: ignore[arg-type]
+        node.update_arg(3, remaining.size(dim))
 
 
-def pad_any(flow: Flow, node: fx.Node) -> Any:
-    """Padding whose mode is an argument."""
-    mode = arguments(node)["mode"]
-    if mode == "constant":
-        return pad(flow, node)
-    return pad_mirrored(flow, node)
-
-
-RESHAPES = (
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "view_as",
-    "reshape_as",
-    "flatten",
-    "unflatten",
-    "ravel",
-)
+RESHAPE = OperatorRule(reshape, _sizes(1))
+MOVE = OperatorRule(move)
+EXPAND = OperatorRule(expand, _sizes(1, inferred=False))
 MOVEMENTS = (
-    "permute", "transpose", "t",
-    "numpy_T", "mT", "adjoint", "movedim", "moveaxis", "swapaxes", "swapdims", "squeeze",
-    "unsqueeze", "split_with_sizes", "split", "chunk",
-    "tensor_split", "narrow", "flip", "repeat_interleave", "tile", "pixel_shuffle",
-    "pixel_unshuffle", "diagonal", "rot90",
-    "atleast_2d", "atleast_3d",
-)  # fmt: skip
+    "permute transpose t numpy_T mT adjoint movedim moveaxis swapaxes swapdims squeeze unsqueeze"
+    " split chunk tensor_split flip repeat_interleave tile pixel_shuffle pixel_unshuffle diagonal"
+    " rot90 atleast_2d atleast_3d"
+)
 
-RULES: dict[Any, Rule] = {
-    **{getattr(aten, name): move for name in MOVEMENTS if hasattr(aten, name)},
-    **{getattr(aten, name): reshape for name in RESHAPES},
-    aten.expand: expand,
-    aten.expand_as: expand,
-    aten.broadcast_to: expand,
-    aten.repeat: repeat,
-    aten.cat: concatenate,
-    aten.concat: concatenate,
-    aten.stack: stack,
-    aten.constant_pad_nd: pad,
-    aten.pad: pad_any,
-    aten.reflection_pad1d: pad_mirrored,
-    aten.reflection_pad2d: pad_mirrored,
-    aten.reflection_pad3d: pad_mirrored,
-    aten.replication_pad1d: pad_mirrored,
-    aten.replication_pad2d: pad_mirrored,
-    aten.replication_pad3d: pad_mirrored,
+RULES: dict[Any, OperatorRule] = {
+    **dict.fromkeys(packets(MOVEMENTS), MOVE),
+    **dict.fromkeys((aten.view, aten.reshape, aten._unsafe_view), RESHAPE),
+    **dict.fromkeys((aten.view_as, aten.reshape_as), OperatorRule(reshape_like)),
+    **dict.fromkeys((aten.flatten, aten.ravel), OperatorRule(reshape)),
+    aten.unflatten: OperatorRule(reshape, _unflatten),
+    aten.split_with_sizes: OperatorRule(move, _split),
+    aten.narrow: OperatorRule(move, _narrow),
+    **dict.fromkeys(
+        (aten.expand, aten.broadcast_to), OperatorRule(expand, _sizes(1, inferred=False))
+    ),
+    aten.expand_as: OperatorRule(expand_like),
+    aten.repeat: OperatorRule(repeat, _repeat),
 }

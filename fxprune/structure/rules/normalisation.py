@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.graph.node_args import arguments
-from fxprune.structure.flow import Flow, Rule
-from fxprune.structure.labels import Labels, Layer
+from fxprune.graph.operators import packets
+from fxprune.structure.flow import Flow
+from fxprune.structure.labels import DimLabels, Labels
+from fxprune.structure.rules.record import OperatorRule, Remaining
 
 aten = torch.ops.aten
 
@@ -23,10 +25,10 @@ def per_channel(flow: Flow, node: fx.Node) -> Any:
     operand = flow.labels(given["input"])
     names = ("weight", "bias", "running_mean", "running_var")
     vectors = [flow.labels(given[name]) for name in names if isinstance(given[name], fx.Node)]
-    layers = flow.align(node, [(operand, 1), *((vector, 0) for vector in vectors)], 1)
+    entries = flow.align(node, [(operand, 1), *((vector, 0) for vector in vectors)], 1)
     if given["running_mean"] is None:
         flow.mix(node, operand.without(1))
-    return Labels(operand.shape, operand.without(1) + layers)
+    return Labels(operand.shape, operand.without(1) + entries)
 
 
 def layer_norm(flow: Flow, node: fx.Node) -> Any:
@@ -39,13 +41,13 @@ def layer_norm(flow: Flow, node: fx.Node) -> Any:
         for name in ("weight", "bias")
         if isinstance(given.get(name), fx.Node)
     ]
-    layers = tuple(layer for layer in operand.layers if layer.dim < first)
+    entries = tuple(entry for entry in operand.entries if entry.dim < first)
     for dim in range(first, len(operand.shape)):
         met = [(operand, dim), *((vector, dim - first) for vector in vectors)]
         aligned = flow.align(node, met, dim)
         flow.mix(node, aligned)
-        layers += aligned
-    return Labels(operand.shape, layers)
+        entries += aligned
+    return Labels(operand.shape, entries)
 
 
 def group_norm(flow: Flow, node: fx.Node) -> Any:
@@ -55,15 +57,15 @@ def group_norm(flow: Flow, node: fx.Node) -> Any:
     vectors = [
         flow.labels(given[name]) for name in ("weight", "bias") if isinstance(given[name], fx.Node)
     ]
-    layers = flow.align(node, [(operand, 1), *((vector, 0) for vector in vectors)], 1)
+    entries = flow.align(node, [(operand, 1), *((vector, 0) for vector in vectors)], 1)
     width = operand.shape[1] // groups
-    grouped: tuple[Layer, ...] = ()
-    for layer in layers:
-        matrix = layer.ids.view(groups, width)
+    grouped: tuple[DimLabels, ...] = ()
+    for entry in entries:
+        matrix = entry.ids.view(groups, width)
         whole = groups >= width
         first = matrix[:, :1] if whole else matrix[:1]
         flow.merge(node, first.expand_as(matrix), matrix)
-        grouped += (Layer(1, first.expand_as(matrix).reshape(-1)),)
+        grouped += (DimLabels(1, first.expand_as(matrix).reshape(-1)),)
         if not whole:
             flow.mix(node, grouped[-1:])
     return Labels(operand.shape, operand.without(1) + grouped)
@@ -89,7 +91,7 @@ def reduction(flow: Flow, node: fx.Node) -> Any:
     operand, given = flow.labels(node.args[0]), arguments(node)
     rank = len(operand.shape)
     dims = _dims(given, rank)
-    flow.mix(node, [layer for layer in operand.layers if layer.dim in dims])
+    flow.mix(node, [entry for entry in operand.entries if entry.dim in dims])
     return _reduced(node, operand, dims)
 
 
@@ -100,12 +102,12 @@ def _reduced(node: fx.Node, operand: Labels, dims: list[int]) -> Any:
     made = []
     for output in outputs:
         same_rank = output.dim() == len(operand.shape)
-        layers = tuple(
-            Layer(layer.dim if same_rank else kept.index(layer.dim), layer.ids)
-            for layer in operand.layers
-            if layer.dim in kept
+        entries = tuple(
+            DimLabels(entry.dim if same_rank else kept.index(entry.dim), entry.ids)
+            for entry in operand.entries
+            if entry.dim in kept
         )
-        made.append(Labels(tuple(output.shape), layers))
+        made.append(Labels(tuple(output.shape), entries))
     return made if isinstance(value, (list, tuple)) else made[0]
 
 
@@ -113,13 +115,13 @@ def positional(flow: Flow, node: fx.Node) -> Any:
     """Results that count or order positions along a dimension fix it."""
     operand, given = flow.labels(node.args[0]), arguments(node)
     dims = _dims(given, len(operand.shape))
-    fixed = [layer for layer in operand.layers if layer.dim in dims]
+    fixed = [entry for entry in operand.entries if entry.dim in dims]
     flow.freeze(node, fixed, "positions along it are ordered or counted")
-    rest = Labels(operand.shape, tuple(item for item in operand.layers if item.dim not in dims))
+    rest = Labels(operand.shape, tuple(item for item in operand.entries if item.dim not in dims))
     value = node.meta["val"]
     first = value[0] if isinstance(value, (list, tuple)) else value
     if isinstance(first, Tensor) and first.dim() == len(operand.shape):
-        made = [Labels(tuple(item.shape), rest.layers)
+        made = [Labels(tuple(item.shape), rest.entries)
                 for item in (value if isinstance(value, (list, tuple)) else [value])]  # fmt: skip
         return made if isinstance(value, (list, tuple)) else made[0]
     return _reduced(node, operand, dims)
@@ -131,7 +133,7 @@ def transform(flow: Flow, node: fx.Node) -> Any:
     rank = len(operand.shape)
     default = list(range(rank)) if str(node.target).split(".")[1].endswith("n") else [rank - 1]
     dims = _dims(given, rank) if given.get("dim") is not None else default
-    along = [layer for layer in operand.layers if layer.dim in dims]
+    along = [entry for entry in operand.entries if entry.dim in dims]
     flow.freeze(node, along, "a Fourier transform runs along it")
     return Labels(tuple(node.meta["val"].shape), operand.without(*dims))
 
@@ -140,8 +142,10 @@ def pairs(flow: Flow, node: fx.Node) -> Any:
     """Real and imaginary parts are the last dimension of the real tensor."""
     operand, value = flow.labels(node.args[0]), node.meta["val"]
     rank = min(len(operand.shape), value.dim())
-    flow.freeze(node, [x for x in operand.layers if x.dim >= rank], "it holds two parts of numbers")
-    return Labels(tuple(value.shape), tuple(x for x in operand.layers if x.dim < rank))
+    flow.freeze(
+        node, [x for x in operand.entries if x.dim >= rank], "it holds two parts of numbers"
+    )
+    return Labels(tuple(value.shape), tuple(x for x in operand.entries if x.dim < rank))
 
 
 def similarity(flow: Flow, node: fx.Node) -> Any:
@@ -150,7 +154,7 @@ def similarity(flow: Flow, node: fx.Node) -> Any:
     left, right = flow.labels(given["x1"]), flow.labels(given["x2"])
     rank = max(len(left.shape), len(right.shape))
     dim = given["dim"] % rank
-    layers: tuple[Layer, ...] = ()
+    entries: tuple[DimLabels, ...] = ()
     for number in range(rank):
         met = [
             (labels, number - rank + len(labels.shape))
@@ -161,15 +165,15 @@ def similarity(flow: Flow, node: fx.Node) -> Any:
         if number == dim:
             flow.mix(node, aligned)
         else:
-            layers += aligned
-    return Labels(tuple(node.meta["val"].shape), layers)
+            entries += aligned
+    return Labels(tuple(node.meta["val"].shape), entries)
 
 
-MIXING = ("mean", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "norm",
-          "linalg_vector_norm", "logsumexp", "prod", "any", "all", "aminmax", "median",
-          "sum", "nansum", "count_nonzero")  # fmt: skip
-POSITIONAL = ("argmax", "argmin", "sort", "topk", "cumsum", "cumprod", "argsort", "kthvalue",
-              "cummax", "cummin", "logcumsumexp")  # fmt: skip
+MIXING = (
+    "mean var std var_mean std_mean amax amin max min norm linalg_vector_norm logsumexp prod"
+    " any all aminmax median sum nansum count_nonzero"
+)
+POSITIONAL = "argmax argmin sort topk cumsum cumprod argsort kthvalue cummax cummin logcumsumexp"
 TRANSFORMS = [
     f"{inverse}{kind}fft{extent}"
     for inverse in ("", "i")
@@ -177,19 +181,27 @@ TRANSFORMS = [
     for extent in ("", "2", "n")
 ]
 
-RULES: dict[Any, Rule] = {
-    aten.batch_norm: per_channel,
-    aten.instance_norm: per_channel,
-    aten.layer_norm: layer_norm,
-    aten.rms_norm: layer_norm,
-    aten.group_norm: group_norm,
-    aten.softmax: softmax,
-    aten._softmax: softmax,
-    aten.log_softmax: softmax,
-    **{getattr(aten, f"fft_{name}"): transform for name in TRANSFORMS},
-    aten.view_as_complex: pairs,
-    aten.view_as_real: pairs,
-    aten.cosine_similarity: similarity,
-    **{getattr(aten, name): reduction for name in MIXING if hasattr(aten, name)},
-    **{getattr(aten, name): positional for name in POSITIONAL if hasattr(aten, name)},
+
+def _normalized_shape(node: fx.Node, remaining: Remaining) -> None:
+    shape: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    rank = len(remaining.before[0])
+    node.update_arg(1, [remaining.size(rank - len(shape) + number) for number in range(len(shape))])
+
+
+def _group_norm(node: fx.Node, remaining: Remaining) -> None:
+    groups, mask = int(node.args[1]), remaining.kept[0].get(1)  # type: ignore[arg-type]
+    if mask is not None:
+        node.update_arg(1, int(mask.view(groups, -1).any(1).sum()))
+
+
+RULES: dict[Any, OperatorRule] = {
+    **dict.fromkeys((aten.batch_norm, aten.instance_norm), OperatorRule(per_channel)),
+    **dict.fromkeys((aten.layer_norm, aten.rms_norm), OperatorRule(layer_norm, _normalized_shape)),
+    aten.group_norm: OperatorRule(group_norm, _group_norm),
+    **dict.fromkeys((aten.softmax, aten._softmax, aten.log_softmax), OperatorRule(softmax)),
+    **{getattr(aten, f"fft_{name}"): OperatorRule(transform) for name in TRANSFORMS},
+    **dict.fromkeys((aten.view_as_complex, aten.view_as_real), OperatorRule(pairs)),
+    aten.cosine_similarity: OperatorRule(similarity),
+    **dict.fromkeys(packets(MIXING), OperatorRule(reduction)),
+    **dict.fromkeys(packets(POSITIONAL), OperatorRule(positional)),
 }

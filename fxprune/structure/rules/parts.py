@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.graph.node_args import arguments
-from fxprune.structure.flow import Flow, Rule
-from fxprune.structure.labels import Labels, Layer
+from fxprune.structure.flow import Flow
+from fxprune.structure.labels import DimLabels, Labels
 from fxprune.structure.rules.movement import move, replay
+from fxprune.structure.rules.record import OperatorRule, Remaining
 
 aten = torch.ops.aten
 
@@ -40,8 +41,8 @@ def _block(flow: Flow, node: fx.Node, labels: Labels, dim: int) -> bool:
     if size % step or not 0 <= start < step or (end is not None and end < size):
         flow.freeze(node, labels.at(dim), "a stride runs over a part of it")
         return False
-    for layer in labels.at(dim):
-        blocks = layer.ids.view(-1, step)
+    for entry in labels.at(dim):
+        blocks = entry.ids.view(-1, step)
         flow.merge(node, blocks[:, :1].expand_as(blocks), blocks)
     return True
 
@@ -53,20 +54,20 @@ def slice_scatter(flow: Flow, node: fx.Node) -> Any:
     dim = given["dim"] % len(whole.shape)
     region = [slice(None)] * len(whole.shape)
     region[dim] = slice(given["start"], given["end"], step)
-    layers: tuple[Layer, ...] = ()
+    entries: tuple[DimLabels, ...] = ()
     for other in range(len(whole.shape)):
         if other != dim:
-            layers += flow.align(node, [(whole, other), (part, other)], other)
+            entries += flow.align(node, [(whole, other), (part, other)], other)
     if step != 1 and not _block(flow, node, whole, dim):
         flow.freeze(node, part.at(dim), "it is written over a part of a stride")
-        return Labels(whole.shape, layers)
-    for layer in whole.at(dim):
-        inside = Labels((part.shape[dim],), (Layer(0, layer.ids[region[dim]]),))
+        return Labels(whole.shape, entries)
+    for entry in whole.at(dim):
+        inside = Labels((part.shape[dim],), (DimLabels(0, entry.ids[region[dim]]),))
         flow.align(node, [(inside, 0), (part, dim)], 0)
-        layers += (layer,)
+        entries += (entry,)
     if not any(whole.at(dim)):
         flow.freeze(node, part.at(dim), "it is written into a dimension whose size is fixed")
-    return Labels(whole.shape, layers)
+    return Labels(whole.shape, entries)
 
 
 def roll(flow: Flow, node: fx.Node) -> Any:
@@ -74,7 +75,7 @@ def roll(flow: Flow, node: fx.Node) -> Any:
     source, given = flow.labels(node.args[0]), arguments(node)
     if given["dims"]:
         return move(flow, node)
-    flow.freeze(node, source.layers, "a roll runs over all dimensions")
+    flow.freeze(node, source.entries, "a roll runs over all dimensions")
     return Labels(source.shape)
 
 
@@ -82,15 +83,15 @@ def im2col(flow: Flow, node: fx.Node) -> Any:
     """Channels become channels times positions of the window; space becomes one dimension."""
     source, shape = flow.labels(node.args[0]), tuple(node.meta["val"].shape)
     channel = len(source.shape) - 3
-    space = [layer for layer in source.layers if layer.dim > channel]
+    space = [entry for entry in source.entries if entry.dim > channel]
     flow.freeze(node, space, "a window slides along it")
     times = shape[channel] // source.shape[channel]
-    layers = tuple(
-        Layer(channel, layer.ids.repeat_interleave(times)) if layer.dim == channel else layer
-        for layer in source.layers
-        if layer.dim <= channel
+    entries = tuple(
+        DimLabels(channel, entry.ids.repeat_interleave(times)) if entry.dim == channel else entry
+        for entry in source.entries
+        if entry.dim <= channel
     )
-    return Labels(shape, layers)
+    return Labels(shape, entries)
 
 
 def col2im(flow: Flow, node: fx.Node) -> Any:
@@ -98,12 +99,12 @@ def col2im(flow: Flow, node: fx.Node) -> Any:
     source, shape = flow.labels(node.args[0]), tuple(node.meta["val"].shape)
     channel = len(shape) - 3
     flow.freeze(node, source.at(channel + 1), "windows along it are summed")
-    layers = tuple(layer for layer in source.layers if layer.dim < channel)
-    for layer in source.at(channel):
-        windows = layer.ids.view(shape[channel], -1)
+    entries = tuple(entry for entry in source.entries if entry.dim < channel)
+    for entry in source.at(channel):
+        windows = entry.ids.view(shape[channel], -1)
         flow.merge(node, windows[:, :1].expand_as(windows), windows)
-        layers += (Layer(channel, windows[:, 0]),)
-    return Labels(shape, layers)
+        entries += (DimLabels(channel, windows[:, 0]),)
+    return Labels(shape, entries)
 
 
 def unfold(flow: Flow, node: fx.Node) -> Any:
@@ -114,11 +115,48 @@ def unfold(flow: Flow, node: fx.Node) -> Any:
     return Labels(tuple(node.meta["val"].shape), source.without(dim))
 
 
-RULES: dict[Any, Rule] = {
-    aten.slice: slice_,
-    aten.slice_scatter: slice_scatter,
-    aten.roll: roll,
-    aten.im2col: im2col,
-    aten.col2im: col2im,
-    aten.unfold: unfold,
+def _slice(node: fx.Node, remaining: Remaining) -> None:
+    rank = len(remaining.before[0])
+    dim = int(node.args[1] if len(node.args) > 1 else 0) % rank  # type: ignore[arg-type]
+    mask = remaining.operand(node.args[0]).get(dim)
+    if mask is not None:
+        _shift_bounds(node, mask, (2, 3))
+
+
+def _shift_bounds(node: fx.Node, mask: Tensor, positions: tuple[int, int]) -> None:
+    """Count bounds anew; those of a strided slice lie in the first block and past the end."""
+    length, stride = mask.numel(), positions[1] + 1
+    if len(node.args) > stride and node.args[stride] != 1:
+        return
+    for position in positions:
+        bound = node.args[position] if len(node.args) > position else None
+        if isinstance(bound, int) and -length <= bound < length:
+            node.update_arg(position, int(mask[: bound % length].sum()))
+
+
+def _slice_scatter(node: fx.Node, remaining: Remaining) -> None:
+    dim = int(node.args[2] if len(node.args) > 2 else 0) % len(remaining.before[0])  # type: ignore[arg-type]
+    mask = remaining.kept[0].get(dim)
+    if mask is not None:
+        _shift_bounds(node, mask, (3, 4))
+
+
+def _roll(node: fx.Node, remaining: Remaining) -> None:
+    """What wraps around is counted anew."""
+    shifts, rank = list(node.args[1]), len(remaining.before[0])  # type: ignore[arg-type]
+    for number, dim in enumerate(node.args[2] if len(node.args) > 2 else ()):  # type: ignore[arg-type]
+        mask = remaining.operand(node.args[0]).get(dim % rank)
+        if mask is not None:
+            wrapped = shifts[number] % mask.numel()
+            shifts[number] = int(mask[mask.numel() - wrapped :].sum())
+    node.update_arg(1, shifts)
+
+
+RULES: dict[Any, OperatorRule] = {
+    aten.slice: OperatorRule(slice_, _slice),
+    aten.slice_scatter: OperatorRule(slice_scatter, _slice_scatter),
+    aten.roll: OperatorRule(roll, _roll),
+    aten.im2col: OperatorRule(im2col),
+    aten.col2im: OperatorRule(col2im),
+    aten.unfold: OperatorRule(unfold),
 }

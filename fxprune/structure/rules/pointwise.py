@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.graph.node_args import arguments
-from fxprune.structure.flow import Flow, Rule
-from fxprune.structure.labels import Labels, Layer
+from fxprune.graph.operators import packets
+from fxprune.structure.flow import Flow
+from fxprune.structure.labels import DimLabels, Labels
+from fxprune.structure.rules.record import OperatorRule, Remaining
 
 aten = torch.ops.aten
 
@@ -19,15 +21,15 @@ def pointwise(flow: Flow, node: fx.Node) -> Any:
     shape = tuple(node.meta["val"].shape)
     operands = [flow.labels(source) for source in node.all_input_nodes]
     operands = [labels for labels in operands if labels.shape]
-    layers: tuple[Layer, ...] = ()
+    entries: tuple[DimLabels, ...] = ()
     for dim in range(len(shape)):
         participants = [
             (labels, dim - len(shape) + len(labels.shape))
             for labels in operands
             if dim - len(shape) + len(labels.shape) >= 0
         ]
-        layers += flow.align(node, participants, dim)
-    return Labels(shape, layers)
+        entries += flow.align(node, participants, dim)
+    return Labels(shape, entries)
 
 
 def same(flow: Flow, node: fx.Node) -> Any:
@@ -40,35 +42,37 @@ def prelu(flow: Flow, node: fx.Node) -> Any:
     operand, slope = flow.labels(node.args[0]), flow.labels(node.args[1])
     if len(operand.shape) < 2:
         return operand
-    layers = flow.align(
+    entries = flow.align(
         node, [(operand, 1), (slope, 0)] if slope.shape[0] > 1 else [(operand, 1)], 1
     )
-    return Labels(operand.shape, operand.without(1) + layers)
+    return Labels(operand.shape, operand.without(1) + entries)
 
 
 def glu(flow: Flow, node: fx.Node) -> Any:
     """The halves of a dimension gate each other."""
     operand, given = flow.labels(node.args[0]), arguments(node)
     dim = given["dim"] % len(operand.shape)
-    layers = operand.without(dim)
-    for layer in operand.at(dim):
-        first, second = layer.ids.chunk(2)
+    entries = operand.without(dim)
+    for entry in operand.at(dim):
+        first, second = entry.ids.chunk(2)
         flow.merge(node, first, second)
-        layers += (Layer(dim, first),)
-    return Labels(tuple(node.meta["val"].shape), layers)
+        entries += (DimLabels(dim, first),)
+    return Labels(tuple(node.meta["val"].shape), entries)
 
 
 def uniform(flow: Flow, node: fx.Node) -> Any:
-    """A tensor of one value: every dimension may shrink, its size is a literal."""
-    value = node.meta["val"]
-    if not isinstance(value, Tensor):
-        return None
-    layers = tuple(
-        Layer(dim, flow.literal(node, dim, size))
-        for dim, size in enumerate(value.shape)
-        if size > 1
-    )
-    return Labels(tuple(value.shape), layers)
+    """A tensor of one value: every dimension may shrink with the size that it is given."""
+    shape = tuple(node.meta["val"].shape)
+    sizes: list[Any] = list(node.args[_size_argument(node)])  # type: ignore[arg-type]
+    entries: tuple[DimLabels, ...] = ()
+    for dim, (given, size) in enumerate(zip(sizes, shape, strict=True)):
+        entries += flow.sized(node, dim, given, size)
+    return Labels(shape, entries)
+
+
+def _size_argument(node: fx.Node) -> int:
+    """Which argument the sizes are: the second where the first is a tensor of the same type."""
+    return 1 if isinstance(node.args[0], fx.Node) else 0
 
 
 def unlabelled(flow: Flow, node: fx.Node) -> Any:
@@ -77,29 +81,30 @@ def unlabelled(flow: Flow, node: fx.Node) -> Any:
     return Labels(tuple(value.shape)) if isinstance(value, Tensor) else None
 
 
-SAME = (
-    "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "to", "_to_copy", "type_as",
-    "dropout", "feature_dropout", "alpha_dropout", "relu6", "selu", "celu", "elu", "gelu", "silu",
-    "mish", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "softplus", "log_sigmoid",
-    "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "empty_like", "triu",
-    "tril", "nan_to_num", "rrelu", "bernoulli", "fill", "zero", "float", "half", "double", "long",
-    "conj", "resolve_conj", "hardshrink", "softshrink", "tanhshrink", "threshold", "square",
-)  # fmt: skip
-POINTWISE = ("where", "masked_fill", "lerp", "addcmul", "addcdiv", "clamp", "rsub", "maximum",
-             "minimum", "true_divide", "floor_divide", "multiply", "divide",
-             "subtract", "copy", "copy_")  # fmt: skip
-UNIFORM = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty",
-           "scalar_tensor")  # fmt: skip
-UNLABELLED = ("arange", "linspace", "eye", "rand", "randn", "randint", "tensor", "meshgrid",
-              "tril_indices", "triu_indices", "randperm", "hann_window")  # fmt: skip
+def _full(node: fx.Node, remaining: Remaining) -> None:
+    position = _size_argument(node)
+    sizes: list[Any] = list(node.args[position])  # type: ignore[arg-type]
+    for dim in remaining.kept[0]:
+        sizes[dim] = remaining.resized(node, sizes[dim], dim)
+    node.update_arg(position, sizes)
 
-RULES: dict[Any, Rule] = {
-    "pointwise": pointwise,
-    **{getattr(aten, name): same for name in SAME if hasattr(aten, name)},
-    **{getattr(aten, name): pointwise for name in POINTWISE if hasattr(aten, name)},
-    **{getattr(aten, name): uniform for name in UNIFORM if hasattr(aten, name)},
-    **{getattr(aten, name): unlabelled for name in UNLABELLED if hasattr(aten, name)},
-    aten.prelu: prelu,
-    aten._prelu_kernel: pointwise,
-    aten.glu: glu,
+
+SAME = (
+    "clone contiguous detach alias lift_fresh_copy to _to_copy type_as dropout feature_dropout"
+    " alpha_dropout relu6 selu celu elu gelu silu mish hardswish hardsigmoid hardtanh leaky_relu"
+    " softplus log_sigmoid zeros_like ones_like full_like rand_like randn_like empty_like triu tril"
+    " nan_to_num rrelu bernoulli fill zero conj resolve_conj hardshrink softshrink threshold square"
+)
+UNIFORM = "zeros ones full empty new_zeros new_ones new_full new_empty"
+UNLABELLED = (
+    "arange linspace logspace eye rand randn randint tensor scalar_tensor meshgrid tril_indices"
+    " triu_indices randperm hann_window hamming_window blackman_window bartlett_window"
+)
+
+RULES: dict[Any, OperatorRule] = {
+    **dict.fromkeys(packets(SAME), OperatorRule(same)),
+    **dict.fromkeys(packets(UNIFORM), OperatorRule(uniform, _full)),
+    **dict.fromkeys(packets(UNLABELLED), OperatorRule(unlabelled)),
+    aten.prelu: OperatorRule(prelu),
+    aten.glu: OperatorRule(glu),
 }
