@@ -118,8 +118,8 @@ FAMILIES: tuple[tuple[Operator, str], ...] = (
      "where masked_fill lerp addcmul addcdiv rsub maximum minimum true_divide floor_divide"
      " multiply divide subtract copy copy_ _prelu_kernel bitwise_and bitwise_or bitwise_xor"
      " bitwise_not bitwise_left_shift bitwise_right_shift logical_and logical_or logical_xor"
-     " logical_not __and__ __or__ __xor__ __lshift__ __rshift__ remainder fmod complex polar real imag angle"
-     " isclose float_power"),
+     " logical_not __and__ __or__ __xor__ __lshift__ __rshift__ remainder fmod complex polar real"
+     " imag angle isclose float_power"),
 )  # fmt: skip
 
 
