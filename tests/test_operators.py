@@ -15,6 +15,7 @@ from fxprune.structure.flow import Flow, NotCovered
 from fxprune.structure.groups import Group
 from fxprune.structure.labels import Labels
 from fxprune.structure.rules import registry
+from fxprune.structure.rules.record import OperatorRule
 
 aten = torch.ops.aten
 
@@ -72,7 +73,7 @@ def test_what_moves_data_makes_no_new_values(name: str) -> None:
         "roll": ([1], [1]), "flip": ([1],), "repeat": ([2, 3],), "tile": ([2, 1],),
         "repeat_interleave": (2, 1), "pad": ([1, 2],), "constant_pad_nd": ([1, 2],),
     }  # fmt: skip
-    shape = {"pixel_shuffle": (1, 4, 3, 3), "pixel_unshuffle": (1, 1, 4, 4),
+    shape: tuple[int, ...] = {"pixel_shuffle": (1, 4, 3, 3), "pixel_unshuffle": (1, 1, 4, 4),
              "channel_shuffle": (1, 4, 2, 2)}.get(name, (4, 6))  # fmt: skip
     if "reflection" in name or "replication" in name:
         shape = (2, *[5] * (int(name[-2]) + 1))
@@ -142,7 +143,7 @@ def test_a_fault_in_a_rule_of_ours_is_raised(
     def rule(flow: Flow, node: fx.Node) -> Labels:
         raise ValueError("a fault")
 
-    monkeypatch.setitem(registry._OWN, HALVE, registry.OperatorRule(rule))
+    monkeypatch.setitem(registry._OWN, HALVE, OperatorRule(rule))
     with pytest.raises(ValueError, match="a fault") as caught:
         fxprune.find_groups(program)
     assert "please report it" in caught.value.__notes__[0]
