@@ -13,10 +13,6 @@ from torch import nn
 import fxprune
 from examples.digits.model import digits_net
 from fxprune import passes
-from fxprune.data.batches import batches
-from fxprune.data.sources import load_data
-from fxprune.models.loading import load_model
-from fxprune.training.evaluate import evaluate, run_program
 
 CHECKPOINT = Path(__file__).parent / "digits" / "digits.safetensors"
 
@@ -40,11 +36,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/compose"))
     options = parser.parse_args()
 
-    model = load_model(CHECKPOINT, f"{digits_net.__module__}:digits_net")
-    data = load_data("digits")
+    model = fxprune.load_model(CHECKPOINT, f"{digits_net.__module__}:digits_net")
+    data = fxprune.load_data("digits")
     assert isinstance(model, nn.Module)
-    assert data.eval is not None
-    example = next(batches(data.calibration, 2)).inputs
+    example = next(fxprune.batches(data.calibration, 2)).inputs
 
     program = fxprune.trace(model, example)
     dense = program.copy()
@@ -58,7 +53,7 @@ def main() -> None:
 
     for name, candidate in (("before", dense), ("after", program)):
         cost = fxprune.cost(candidate)
-        found = evaluate(run_program(candidate), data.eval)
+        found = fxprune.evaluate(candidate, data)
         print(f"{name}: {found.accuracy:.2%}, {cost.params:,} parameters, {cost.macs:,} MACs")
 
     options.out.mkdir(parents=True, exist_ok=True)

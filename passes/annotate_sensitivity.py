@@ -10,7 +10,8 @@ The pass also records the fact ``sensitivity``: for each group, one score per un
 score is an estimate, its standard error. For example, the score ``hessian-trace`` of a unit ``u``
 is the relative Hessian trace of HAP (arXiv 2101.08940), ``Tr(H_uu) / (2 |u|) ||w_u||^2``, over all
 weights that are removed with the unit; it is estimated with random probes, which stop once the
-ranking at the cut has settled. All criteria are compared in ``docs/sensitivity.md``.
+ranking at the cut has settled. The default, ``output-shift``, needs no labels. All criteria are
+compared in ``docs/sensitivity.md``.
 
 ``gauss-newton`` needs cross-entropy, or a squared error, on one output of any shape. For any other
 loss ``fisher`` replaces it; without labels, or for models with several outputs, ``output-shift``

@@ -218,7 +218,6 @@ def test_without_targets_those_of_the_plan_count() -> None:
         ({"target": "macs=50%,macs=30%"}, "limits macs twice"),
         ({"pipeline": PASSES, "epochs": 3}, r"write finetune\{epochs=...\}"),
         ({"epochs": -1}, "epochs is -1; it must be at least 0"),
-        ({"colour": 1}, "compile has no option 'colour'"),
         ({"device": "tuba"}, "the device 'tuba' cannot be used"),
     ],
 )

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -214,3 +214,42 @@ def test_masked_weights_stay_zero(program: Program) -> None:
     assert Keeps(by=0.0)(program, Context()).changes == 1
     with pytest.raises(PostconditionError, match="masked weights of bias at zero"):
         Keeps(by=1.0)(program, Context())
+
+
+@dataclass(frozen=True)
+class Chooses(Pass):
+    name: ClassVar[str] = "chooses"
+
+    way: Literal["left", "right"] = "left"
+    how_far: float | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.how_far != "auto" and self.how_far < 0:
+            raise InputError("how-far must not be negative")
+
+    def run(self, program: Program, context: Context) -> Outcome:
+        return Outcome()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"way": "lefft"}, "chooses: way is 'lefft'; .* one of left, right; did you mean 'left'"),
+        ({"way": None}, "way is 'None'; it must be one of left, right$"),
+        ({"how_far": "atuo"}, "how-far is 'atuo'; it must be one of auto; did you mean 'auto'"),
+        ({"how_far": -1}, "must not be negative"),
+    ],
+)
+def test_choices_are_checked_where_a_pass_is_made(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        Chooses(**options)
+    with pytest.raises(InputError, match=reason):
+        replace(Chooses(), **options)
+
+
+def test_choices_that_are_right_pass() -> None:
+    assert (Chooses(), Chooses("right", 3), Chooses(how_far=0.5)) == (
+        Chooses("left", "auto"),
+        Chooses("right", 3.0),
+        Chooses(how_far=0.5),
+    )

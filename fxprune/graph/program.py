@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import PostconditionError, PreconditionError
 from fxprune.graph.node_args import assign
+from fxprune.graph.notebook import html_table, plural
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ class Fact(Generic[T]):
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Program:
     """A traced model: ``graph_module`` computes it, with every weight an explicit ``get_attr``.
 
@@ -51,6 +52,21 @@ class Program:
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """Run the program."""
         return self.graph_module(*inputs, **keywords)
+
+    def __repr__(self) -> str:
+        return f"Program({self._summary()})"
+
+    def _repr_html_(self) -> str:
+        values = [node for node in self.graph.nodes if node.op in ("placeholder", "call_function")]
+        rows = [(node.name, _operator(node), _shapes(node.meta.get("val"))) for node in values]
+        return html_table(self._summary(), ("value", "operator", "shape"), rows)
+
+    def _summary(self) -> str:
+        calls = sum(node.op == "call_function" for node in self.graph.nodes)
+        weights = sum(parameter.numel() for parameter in self.graph_module.parameters())
+        facts = f", facts: {', '.join(sorted(self.facts))}" if self.facts else ""
+        inputs = _shapes(self.example_inputs)
+        return f"{plural(calls, 'call')}, {plural(weights, 'parameter')}, inputs {inputs}{facts}"
 
     @property
     def graph(self) -> fx.Graph:
@@ -195,3 +211,14 @@ def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Return the shape of the tensor that a node computes."""
     return tuple(node.meta["val"].shape)
+
+
+def _operator(node: fx.Node) -> str:
+    name = str(node.target) if node.op == "call_function" else "input"
+    return name.removeprefix("aten.").removesuffix(".default")
+
+
+def _shapes(values: Any) -> str:
+    """The shapes of all tensors in a value, for people."""
+    leaves = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    return ", ".join("x".join(map(str, leaf.shape)) or "scalar" for leaf in leaves) or "-"

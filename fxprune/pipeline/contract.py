@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, final, get_type_hints
 
 from fxprune.errors import PostconditionError, PreconditionError
 from fxprune.graph.facts import MASKS
 from fxprune.graph.program import Fact, Program
 from fxprune.pipeline.context import Context
-from fxprune.pipeline.values import show
+from fxprune.pipeline.values import check_choice, choices_of, show
 
 Facts = frozenset[Fact[Any]]
 
@@ -70,6 +71,24 @@ class Pass(ABC):
     needs: ClassVar[Facts] = frozenset()
     gives: ClassVar[Facts] = frozenset()
     keeps: ClassVar[Facts] = frozenset()
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Let every pass check its choices first, also one with a ``__post_init__`` of its own."""
+        super().__init_subclass__(**keywords)
+        own = cls.__dict__.get("__post_init__")
+        if own is not None:
+
+            @functools.wraps(own)
+            def checked(self: Pass) -> None:
+                Pass.__post_init__(self)
+                own(self)
+
+            setattr(cls, "__post_init__", checked)  # noqa: B010  # mypy: a method
+
+    def __post_init__(self) -> None:
+        """Refuse a value that an option's ``Literal`` does not list."""
+        for option, hint in _choices(type(self)).items():
+            check_choice(f"{self.name}: {option.replace('_', '-')}", getattr(self, option), hint)
 
     @abstractmethod
     def run(self, program: Program, context: Context) -> Outcome:
@@ -134,6 +153,13 @@ class Pass(ABC):
             if (value := getattr(self, field.name)) != default_of(field)
         ]
         return f"{self.name}{{{','.join(changed)}}}" if changed else self.name
+
+
+@functools.cache
+def _choices(kind: type[Pass]) -> Mapping[str, Any]:
+    """By option, the types of those whose values are listed."""
+    hints = get_type_hints(kind)
+    return {one.name: hints[one.name] for one in fields(kind) if choices_of(hints[one.name])}
 
 
 def _masks_hold(program: Program) -> Iterator[tuple[str, bool]]:

@@ -7,6 +7,7 @@ field takes; ``[a,b]`` is a tuple, ``{a=1,b=2}`` a mapping, and what would be mi
 from __future__ import annotations
 
 import collections.abc
+import difflib
 import json
 import math
 import re
@@ -142,8 +143,8 @@ def convert(value: Any, hint: Any) -> Any:
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
-    if origin in (Union, types.UnionType):
-        return _convert_union(value, inner)
+    if members := _members(hint):
+        return _convert_union(value, members)
     if origin is Literal:
         if value not in inner:
             raise ValueError(f"expected one of {', '.join(map(str, inner))}, not '{value}'")
@@ -155,6 +156,66 @@ def convert(value: Any, hint: Any) -> Any:
             raise ValueError("expected a mapping such as {a=1,b=2}")
         return {convert(Quoted(key), inner[0]): convert(v, inner[1]) for key, v in value.items()}
     return _convert_scalar(value, hint)
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """Return the values that a ``Literal``, alone or in a union, lists; none for other types.
+
+    >>> choices_of(Literal["heads", "head_dim"] | None)
+    ('heads', 'head_dim')
+    """
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(value for member in _members(hint) for value in choices_of(member))
+
+
+def check_choice(option: str, value: Any, hint: Any) -> None:
+    """Fail unless a value is one of those that its hint lists, or of another type in the hint.
+
+    Raises:
+        InputError: it is not; the message names ``option``, all values and the nearest one.
+
+    """
+    choices = choices_of(hint)
+    if not choices or value in choices:
+        return
+    others = [member for member in _members(hint) if not choices_of(member)]
+    if any(_is_a(value, member) for member in others):
+        return
+    near = difflib.get_close_matches(str(value), map(str, choices), n=1, cutoff=0.5)
+    advice = f"; did you mean '{near[0]}'?" if near else ""
+    raise InputError(
+        f"{option} is '{value}'; it must be one of {', '.join(map(str, choices))}{advice}"
+    )
+
+
+def type_text(hint: Any) -> str:
+    """Return what values a hint takes, for people; for a ``Literal`` all of them.
+
+    >>> type_text(int | None), type_text(Literal["a", "b"]), type_text(tuple[str, ...])
+    ('whole number or none', 'one of a, b', 'list of text')
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        values = ", ".join(map(str, inner))
+        return values if len(inner) == 1 else f"one of {values}"
+    if members := _members(hint):
+        return " or ".join(type_text(member) for member in members)
+    if origin in (tuple, list, collections.abc.Sequence):
+        return f"list of {type_text(inner[0])}"
+    if origin in (dict, collections.abc.Mapping):
+        return f"mapping from {type_text(inner[0])} to {type_text(inner[1])}"
+    names = {bool: "true or false", str: "text", int: "whole number", float: "number"}
+    return "none" if hint is types.NoneType else names.get(hint, getattr(hint, "__name__", "any"))
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+
+
+def _is_a(value: Any, member: Any) -> bool:
+    kinds = (int, float) if member is float else get_origin(member) or member
+    return isinstance(value, kinds)
 
 
 def _convert_union(value: Any, members: tuple[Any, ...]) -> Any:

@@ -128,7 +128,7 @@ class TargetEntry:
         return text if self.predicted is None else f"{text} ({self.predicted:.3g} predicted)"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunReport:
     """All that one run of ``fxprune.compile`` found; ``content`` gives the stable keys."""
 
@@ -156,6 +156,29 @@ class RunReport:
         """Whether every target is met and every check that ran has passed."""
         failed = any(check.passed is False for check in self.checks.values())
         return self.target_met is not False and not failed
+
+    @property
+    def verdict(self) -> str:
+        """Whether the run did what was asked, in a few words."""
+        missed = [target.target for target in self.targets if not target.met]
+        failed = [name for name, check in self.checks.items() if check.passed is False]
+        reasons = [f"target {name} not met" for name in missed]
+        reasons += [f"check {name} failed" for name in failed]
+        return ", ".join(reasons) or "all targets met, all checks passed"
+
+    @property
+    def summary(self) -> str:
+        """The change of parameters, MACs and accuracy, and the verdict, on one line."""
+        before, after = self.before, self.after
+        pairs = [("parameters", before.params, after.params), ("MACs", before.macs, after.macs)]
+        known = [(name, a, b) for name, a, b in pairs if a is not None and b is not None]
+        parts = [f"{name} {a:,} -> {b:,}" for name, a, b in known]
+        if before.accuracy is not None and after.accuracy is not None:
+            parts.append(f"accuracy {before.accuracy:.2%} -> {after.accuracy:.2%}")
+        return ", ".join([*parts, self.verdict])
+
+    def __repr__(self) -> str:
+        return f"RunReport({self.summary})"
 
     @property
     def tables(self) -> tuple[ReportTable, ...]:

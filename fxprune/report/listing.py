@@ -6,14 +6,14 @@ import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fxprune.pipeline.contract import Pass, default_of
-from fxprune.pipeline.values import show
+from fxprune.pipeline.values import choices_of, show, type_text
 
 _ATTRIBUTE = re.compile(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", re.MULTILINE)
 
@@ -24,6 +24,7 @@ def describe(step: type[Pass]) -> dict[str, Any]:
     _, _, attributes = doc.partition("Attributes:\n")
     texts = {name: " ".join(text.split()) for name, text in _ATTRIBUTE.findall(attributes)}
     module = inspect.getmodule(step)
+    hints = get_type_hints(step)
     purpose = inspect.cleandoc((module and module.__doc__) or doc).partition("\n\n")[0]
     return {
         "name": step.name,
@@ -32,6 +33,8 @@ def describe(step: type[Pass]) -> dict[str, Any]:
             option.name.replace("_", "-"): {
                 "default": None if default_of(option) is MISSING else show(default_of(option)),
                 "required": default_of(option) is MISSING,
+                "type": type_text(hints[option.name]),
+                "values": list(choices_of(hints[option.name])),
                 "meaning": texts.get(option.name, ""),
             }
             for option in fields(step)
@@ -45,16 +48,17 @@ def describe(step: type[Pass]) -> dict[str, Any]:
 def print_passes(steps: Iterable[type[Pass]], console: Console) -> None:
     """Print every pass with its options."""
     for step in steps:
-        told = describe(step)
-        facts = [f"{word} {', '.join(told[word])}" for word in ("needs", "gives") if told[word]]
+        found = describe(step)
+        facts = [f"{word} {', '.join(found[word])}" for word in ("needs", "gives") if found[word]]
         console.print(
-            Text.assemble((told["name"], "bold"), f"  {'; '.join(facts)}" if facts else "")
+            Text.assemble((found["name"], "bold"), f"  {'; '.join(facts)}" if facts else "")
         )
-        console.print(f"  {told['does']}", highlight=False, markup=False)
+        console.print(f"  {found['does']}", highlight=False, markup=False)
         table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        for name, option in told["options"].items():
+        for name, option in found["options"].items():
             default = "required" if option["required"] else option["default"]
-            table.add_row("", Text(f"{name}={default}", style="cyan"), Text(option["meaning"]))
-        if told["options"]:
+            meaning = f"{option['meaning'].removesuffix('.')} ({option['type']})"
+            table.add_row("", Text(f"{name}={default}", style="cyan"), Text(meaning))
+        if found["options"]:
             console.print(table)
         console.print()

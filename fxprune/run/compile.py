@@ -12,11 +12,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from fxprune.graph.facts import MASKS
+from fxprune.graph.facts import MASKS, Preference
+from fxprune.graph.notebook import html_table
 from fxprune.graph.program import Program
 from fxprune.onnx.quantized_nodes import is_quantized
+from fxprune.pipeline.context import Loss
+from fxprune.pipeline.driver import Pipeline
+from fxprune.pipeline.progress import Tracker
 from fxprune.report.content import Check, RunReport
+from fxprune.report.table import rows
+from fxprune.run.arguments import checked
 from fxprune.run.candidates import (
     Measured,
     Measurements,
@@ -39,7 +46,7 @@ from fxprune.run.reporting import make_report, write_files
 from fxprune.training.evaluate import Evaluation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What a run returns: the smaller program, the report, and where each file is, by name."""
 
@@ -47,34 +54,96 @@ class Result:
     report: RunReport
     files: Mapping[str, Path]
 
+    def __repr__(self) -> str:
+        return f"Result({self.report.summary})"
 
+    def _repr_html_(self) -> str:
+        columns = ("", "before", "after", "")
+        return html_table(self.report.verdict, columns, rows(self.report))
+
+
+@checked
 def compile(
     model: nn.Module | Program,
     example_inputs: tuple[Any, ...] | None = None,
     *,
     data: Any = None,
     target: str | Iterable[str] | None = None,
+    max_drop: float | None = Options.max_drop,
+    epochs: int = Options.epochs,
+    steps: int = Options.steps,
+    attention: Preference = Options.attention,
+    int8: bool | None = Options.int8,
+    pipeline: Pipeline | str | None = Options.pipeline,
     out: str | Path | None = None,
-    **options: Any,
+    resume: bool = Options.resume,
+    calibration: int | None = Options.calibration,
+    batch_size: int = Options.batch_size,
+    seed: int = Options.seed,
+    device: str = Options.device,
+    threads: int | None = Options.threads,
+    verify: bool = Options.verify,
+    latency_seconds: float = Options.latency_seconds,
+    loss: Loss = F.cross_entropy,
+    progress: Tracker | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Result:
     """Compile a model into a smaller one; the model itself is not changed.
 
     Args:
         model: the trained model, or a program traced from one.
-        example_inputs: inputs that run it; by default one sample of the data.
-        data: what ``fxprune.data.roles.as_data`` takes.
-        target: ``macs=50%`` and the like, several joined by commas or in a list; half of the
-            multiply-accumulates where neither this, a pipeline nor ``max_drop`` is given.
+        example_inputs: a tuple of inputs that run the model; by default one sample of the data.
+        data: a dataset, a loader, a pair of tensors ``(x, y)``, a ``Data``, or a mapping with
+            ``calibration``, ``train`` and ``eval`` to such.
+        target: upper limits, such as ``macs=50%`` or ``latency=60%,size=1MB``, or a list of such
+            texts. Without it, a pipeline or ``max_drop``, ``macs=50%``.
+        max_drop: largest accuracy loss allowed, in percentage points; without ``target``, the
+            smallest model within it is searched for.
+        epochs: of fine-tuning, over the training samples.
+        steps: number of pruning rounds; the epochs are divided among them.
+        attention: remove whole heads, or narrow every head.
+        int8: True quantizes to INT8, False keeps FP32; None keeps the better of the two.
+        pipeline: passes of your own, as a ``Pipeline`` or as text.
         out: the folder for model.onnx, model.pt2, report.json, report.html and recipe.toml, which
             appear together at the end; None writes nothing.
-        options: the fields of ``fxprune.run.options.Options``; ``pipeline`` may be text.
+        resume: continue after the last finished pass of a run into ``out`` that was killed.
+        calibration: largest number of calibration samples; None for all.
+        batch_size: samples per step when accuracy is measured.
+        seed: of all randomness.
+        device: where the passes run the model, such as ``cuda``.
+        threads: of PyTorch and ONNX Runtime; None leaves PyTorch's, and measures latency on one.
+        verify: check on random units that removing them equals zeroing them.
+        latency_seconds: how long the latency of the results is measured, in seconds.
+        loss: ``loss(outputs, target) -> scalar``, for training and sensitivities.
+        progress: how progress is shown; by default a bar on a terminal.
+        origin: further entries of the recipe's ``[run]``, such as the model's file.
 
     Raises:
         InputError: the model, the data or the options cannot be used.
         FxpruneError: a pass or a check failed.
 
     """
-    return _run(model, example_inputs, data, out, make_options(target, **options))
+    options = make_options(
+        target,
+        pipeline,
+        max_drop=max_drop,
+        epochs=epochs,
+        steps=steps,
+        attention=attention,
+        int8=int8,
+        resume=resume,
+        calibration=calibration,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        threads=threads,
+        verify=verify,
+        latency_seconds=latency_seconds,
+        loss=loss,
+        progress=progress or Tracker(),
+        origin=origin or {},
+    )
+    return _run(model, example_inputs, data, out, options)
 
 
 def _run(

@@ -29,6 +29,7 @@ from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.driver import Pipeline
 from fxprune.pipeline.progress import Tracker
 from fxprune.pipeline.text import parse
+from fxprune.pipeline.values import check_choice
 from fxprune.planning.budget import Budget, Target
 
 DEFAULT_TARGETS = (Target.parse("macs=50%"),)
@@ -36,29 +37,29 @@ DEFAULT_TARGETS = (Target.parse("macs=50%"),)
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked to do.
+    """What a run is asked to do; the defaults here are those of ``fxprune.compile``.
 
     Attributes:
-        targets: what the result may cost at most.
-        max_drop: how many points of accuracy may be lost; without targets, the smallest model
-            that keeps to it is searched for; None for no such check.
-        epochs: of fine-tuning in the default pipeline, over all its steps.
-        steps: in how many steps the default pipeline goes to the targets.
-        attention: which factor of attention widths the default pipeline removes.
-        int8: whether the default pipeline ends in 8-bit codes; None tries them and keeps them if
-            they turn out faster and as good.
+        targets: upper limits for the result.
+        max_drop: largest accuracy loss allowed, in percentage points; without targets, the
+            smallest model within it is searched for. None for no limit.
+        epochs: of fine-tuning in the default pipeline; 0 for none.
+        steps: pruning rounds of the default pipeline, which divides the epochs among them.
+        attention: remove whole heads, or narrow every head, in the default pipeline.
+        int8: whether the default pipeline quantizes to INT8; None keeps the better of INT8 and
+            FP32.
         pipeline: the passes; None for the default ones.
-        calibration: how many samples calibrate at most; None for all.
-        batch_size: of evaluation.
-        seed: the source of all randomness.
-        device: where passes run the model.
-        threads: of PyTorch and of ONNX Runtime; None leaves PyTorch's and measures latency on one.
-        verify: check zero-then-remove on random units before the passes run.
-        latency_seconds: how long the two models are timed against each other.
-        resume: go on after the last finished pass of a run that was killed.
-        loss: what training and sensitivities are about.
-        progress: how long work shows itself.
-        origin: what the recipe is to say besides, such as the model's file.
+        calibration: the largest number of calibration samples; None for all.
+        batch_size: samples per step when accuracy is measured.
+        seed: of all randomness.
+        device: where passes run the model, such as ``cpu`` or ``cuda``.
+        threads: of PyTorch and ONNX Runtime; None leaves PyTorch's, and measures latency on one.
+        verify: check on random units that removing them equals zeroing them, before the passes.
+        latency_seconds: how long the latency of the results is measured, in seconds.
+        resume: continue after the last finished pass of a run that was killed.
+        loss: ``loss(outputs, target) -> scalar``, for training and sensitivities.
+        progress: how progress is shown.
+        origin: further entries of the recipe's ``[run]``, such as the model's file.
 
     """
 
@@ -87,12 +88,13 @@ class Options:
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        ones = ("steps", "batch_size", "calibration", "threads")
-        least = {"epochs": 0, "max_drop": 0, **dict.fromkeys(ones, 1)}
-        for name, low in least.items():
+        at_least_one = ("steps", "batch_size", "calibration", "threads")
+        lowest = {"epochs": 0, "max_drop": 0, **dict.fromkeys(at_least_one, 1)}
+        for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise InputError(f"{name.replace('_', '-')} is {value}; it must be at least {low}")
+        check_choice("attention", self.attention, Preference)
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -118,14 +120,9 @@ def make_options(
     """Make options of what users write: targets and pipelines as text.
 
     Raises:
-        InputError: an option does not exist or cannot be read.
+        InputError: an option cannot be read.
 
     """
-    known = {option.name for option in fields(Options)}
-    if unknown := sorted(set(options) - known):
-        raise InputError(
-            f"compile has no option '{unknown[0]}'; it has {', '.join(sorted(known - {'targets'}))}"
-        )
     if isinstance(pipeline, str):
         pipeline = parse(pipeline, passes.known())
     return Options(targets=parse_targets(target), pipeline=pipeline, **options)
@@ -133,6 +130,8 @@ def make_options(
 
 def parse_targets(target: str | Iterable[str] | None) -> tuple[Target, ...]:
     """Read targets from text, several joined by commas or in a list."""
+    if not isinstance(target, (str, Iterable, type(None))):
+        raise InputError(f"target is {target!r}; write it as text, such as target='macs=50%'")
     texts = [target] if isinstance(target, str) else list(target or ())
     return Budget(tuple(Target.parse(part) for text in texts for part in text.split(","))).targets
 
@@ -158,8 +157,8 @@ def resolve(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
         return pipeline, targets
     if options.epochs or options.steps > 1 or options.int8 or options.attention != "heads":
         raise InputError(
-            "epochs, steps, attention and int8 are for the default pipeline; in one of your own "
-            "write finetune{epochs=...}, plan-channels{path=...} for the early steps, "
+            "epochs, steps, attention and int8 belong to the default pipeline; in your own "
+            "pipeline write finetune{epochs=...}, plan-channels{path=...} for each early round, "
             "annotate-sensitivity{attention=...}, and "
             "insert-observers,train-quantized,convert-quantized after fold-batchnorm"
         )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fxprune.graph.facts import Preference, Slot
+from fxprune.graph.notebook import html_table, plural
 from fxprune.graph.program import Program
 from fxprune.structure.choices import Choices, Survey
 from fxprune.structure.flow import Flow
@@ -27,7 +28,7 @@ class Unit:
     places: tuple[tuple[Slot, int], ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Group:
     """Units that occupy the same slots, equally often, and so can be ranked against each other.
 
@@ -49,6 +50,11 @@ class Group:
     components: Ints = field(repr=False)
     _places: dict[Slot, tuple[Ints, Ints]] = field(repr=False)
 
+    def __repr__(self) -> str:
+        size = f"{plural(len(self.units), 'unit')}, {plural(len(self.slots), 'slot')}"
+        why = f", frozen: {self.frozen_because}" if self.frozen_because else ""
+        return f"Group({self.name}, {size}{why})"
+
     @property
     def units(self) -> Sequence[Unit]:
         """The units, made on demand."""
@@ -62,6 +68,25 @@ class Group:
     def multiplicity(self, slot: Slot) -> int:
         """How many indices of a slot each unit occupies."""
         return len(self._places[slot][0]) // len(self.components)
+
+
+class Groups(tuple[Group, ...]):
+    """The groups of a program; a notebook shows them as a table."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"Groups({self._summary()})"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (one.name, len(one.units), len(one.slots), one.frozen_because or "") for one in self
+        ]
+        return html_table(self._summary(), ("group", "units", "slots", "frozen because"), rows)
+
+    def _summary(self) -> str:
+        frozen = sum(group.frozen_because is not None for group in self)
+        return f"{plural(len(self), 'group')}, {frozen} frozen"
 
 
 class _Units(Sequence[Unit]):
@@ -101,7 +126,7 @@ class Analysis:
     groups: tuple[Group, ...]
 
 
-def find_groups(program: Program, prefer: Preference = "heads") -> tuple[Group, ...]:
+def find_groups(program: Program, prefer: Preference = "heads") -> Groups:
     """Find what may be removed, and what may not and why.
 
     Shapes come from fake tensors; the model is not run.
@@ -112,7 +137,7 @@ def find_groups(program: Program, prefer: Preference = "heads") -> tuple[Group, 
             positions in every head.
 
     """
-    return analyse(program, prefer).groups
+    return Groups(analyse(program, prefer).groups)
 
 
 def analyse(program: Program, prefer: Preference = "heads") -> Analysis:
