@@ -61,9 +61,9 @@ def test_removal_that_is_not_exact_names_the_group(
         (
             torch.randn(4, 6),
             torch.zeros(4, dtype=torch.long),
-            "are 6 and the model takes 5",
+            "are 6, but the model takes 5",
         ),
-        (torch.randn(4, 5), torch.full((4,), 3), "the label 3, and the model's 3 outputs"),
+        (torch.randn(4, 5), torch.full((4,), 3), "the label 3, but the model's 3 outputs"),
         (torch.randn(4, 5), torch.full((4,), -1), "the label -1"),
     ],
 )

@@ -114,7 +114,7 @@ class Stream(IterableDataset[Any]):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"test": [1]}, "unknown parts test"),
+        ({"test": [1]}, "unknown keys test"),
         ({"eval": [1]}, "nothing to calibrate on"),
         ({"train": []}, "train has no samples"),
         (Stream(), "map-style"),

@@ -64,6 +64,6 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         compare({"none": tmp_path / "none.onnx"})
     whole = product(tmp_path / "whole.onnx", 4).read_bytes()
     (tmp_path / "half.onnx").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="is it a whole ONNX model"):
+    with pytest.raises(InputError, match="check that it is a complete ONNX model"):
         compare({"half": tmp_path / "half.onnx"})
     assert open_session(whole, 1).get_inputs()[0].name == "x"

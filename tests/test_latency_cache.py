@@ -52,7 +52,7 @@ def test_goes_on_where_nothing_can_be_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     note = save(tmp_path / "file" / "table.json", HOST, {"a": Timing(1.0, 0.0, 1.0)})
     assert note is not None
-    assert "could not be kept" in note
+    assert "cannot write" in note
 
 
 def test_tells_hosts_apart() -> None:

@@ -96,7 +96,7 @@ def test_mismatches_are_named(place: Path) -> None:
     message = str(caught.value)
     assert "3.weight (file 5x17, model 5x16)" in message
     assert "1 missing from the file: 0.bias" in message
-    assert "1 unknown to the model: extra" in message
+    assert "1 not in the model: extra" in message
 
 
 def test_a_dictionary_without_weights_is_told(place: Path) -> None:

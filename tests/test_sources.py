@@ -151,7 +151,7 @@ def test_a_factory_in_the_current_directory(
     monkeypatch.setattr(sys, "path", list(sys.path))
     data = load_data("mydata_for_test:make", options={"count": 10})
     assert len(data.calibration) == 8
-    with pytest.raises(InputError, match="fails with TypeError"):
+    with pytest.raises(InputError, match="failed with TypeError"):
         load_data("mydata_for_test:make", options={"wrong": 10})
     with pytest.raises(InputError, match="did you mean make"):
         load_data("mydata_for_test:mak")
@@ -169,12 +169,12 @@ def test_unknown_data_is_told() -> None:
 def test_labels_out_of_range_are_told(labels: list[int], wrong: int, in_memory: bool) -> None:
     x = torch.zeros(3, 2)
     source = (x, torch.tensor(labels)) if in_memory else list(zip(x, labels, strict=True))
-    with pytest.raises(InputError, match=f"the label {wrong}, and the model's 10 outputs"):
+    with pytest.raises(InputError, match=f"the label {wrong}, but the model's 10 outputs"):
         check_labels(as_data({"train": source}), 10)
 
 
 def test_inputs_of_another_shape_are_told() -> None:
-    with pytest.raises(InputError, match="3x28x28 and the model takes 3x32x32"):
+    with pytest.raises(InputError, match="3x28x28, but the model takes 3x32x32"):
         check_inputs(as_data(torch.zeros(4, 3, 28, 28)), (torch.zeros(1, 3, 32, 32),))
 
 

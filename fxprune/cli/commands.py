@@ -31,37 +31,60 @@ from fxprune.run.compile import compile as compile_model
 from fxprune.run.output import check_writable, prepare, write_text
 
 app = typer.Typer(
-    help="Compile trained PyTorch models into physically smaller ones, as ONNX, with proof.",
+    help="Make trained PyTorch models physically smaller, export ONNX and verify the result.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )  # fmt: skip
 
 Words = list[str] | None
-Model = Annotated[str, typer.Argument(help="state dict, exported program or module")]
+Model = Annotated[str, typer.Argument(help="model file: state dict, exported program or module")]
 Arch = Annotated[
-    str | None, typer.Option(help="torchvision:NAME, timm:NAME or package.module:factory")
+    str | None,
+    typer.Option(
+        help="architecture of a state dict: torchvision:NAME, timm:NAME or package.module:factory"
+    ),
 ]
-ArchOption = Annotated[Words, typer.Option(help="name=value for that factory; repeatable")]
+ArchOption = Annotated[
+    Words, typer.Option(help="pass name=value to the architecture's factory; repeatable")
+]
 DataName = Annotated[
-    str | None, typer.Option(help="image folder, .npz, digits or package.module:factory")
+    str | None,
+    typer.Option(help="data set: image folder, .npz file, digits or package.module:factory"),
 ]
-DataOption = Annotated[Words, typer.Option(help="name=value for that factory; repeatable")]
+DataOption = Annotated[
+    Words, typer.Option(help="pass name=value to the data's factory; repeatable")
+]
 InputShape = Annotated[
-    str | None, typer.Option(help="of one sample, such as 3,32,32; default: that of the data")
+    str | None, typer.Option(help="shape of one sample, e.g. 3,32,32 (default: from the data)")
 ]
-ImageSize = Annotated[str | None, typer.Option(help="size that image files are brought to")]
-Mean = Annotated[str | None, typer.Option(help="per channel, of images between 0 and 1")]
-Std = Annotated[str | None, typer.Option(help="per channel, of images between 0 and 1")]
-Trust = Annotated[bool, typer.Option("--trust-pickle", help="run code from the model's file")]
+ImageSize = Annotated[
+    str | None, typer.Option(help="resize and crop images to this size, e.g. 224")
+]
+Mean = Annotated[
+    str | None, typer.Option(help="per-channel mean, for pixels scaled to [0, 1], e.g. 0.5,0.5,0.5")
+]
+Std = Annotated[
+    str | None, typer.Option(help="per-channel standard deviation, for pixels scaled to [0, 1]")
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-pickle", help="allow unpickling, which can execute code stored in the file"
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks and all warnings")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Threads = Annotated[int | None, typer.Option(min=1, help="of PyTorch and ONNX Runtime")]
+Threads = Annotated[int | None, typer.Option(min=1, help="threads of PyTorch and ONNX Runtime")]
 
 
 @app.command("compile")
 def compile_command(
-    model: Annotated[str | None, typer.Argument(help="state dict or exported program")] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the results")] = Path("out"),
+    model: Annotated[
+        str | None, typer.Argument(help="model file: state dict, exported program or module")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write the results to")] = Path(
+        "out"
+    ),
     data: DataName = None,
     data_option: DataOption = None,
     arch: Arch = None,
@@ -71,37 +94,69 @@ def compile_command(
     mean: Mean = None,
     std: Std = None,
     target: Annotated[
-        Words, typer.Option(help="macs=50%, macs=2x, params=30%, size=1MB, latency=60%; repeatable")
+        Words,
+        typer.Option(
+            help="limit on macs, params, size or latency: macs=50%, macs=2x, size=1MB; repeatable"
+        ),
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="points of accuracy to lose at most; without targets, sought out"),
+        typer.Option(
+            help="largest accuracy loss allowed, in percentage points; without --target, search "
+            "for the smallest model within it"
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=0, help="of fine-tuning; default 0")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=0, help="epochs of fine-tuning (default: 0)")
+    ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="to the target, default 1; epochs are shared out")
+        int | None,
+        typer.Option(
+            min=1, help="number of pruning rounds; --epochs is divided among them (default: 1)"
+        ),
     ] = None,
     attention: Annotated[
-        Preference | None, typer.Option(help="which part of attention widths goes; default heads")
+        Preference | None,
+        typer.Option(help="remove whole heads, or narrow every head (default: heads)"),
     ] = None,
     int8: Annotated[
         bool | None,
-        typer.Option("--int8/--fp32", help="8-bit codes or floats; default: the better one"),
+        typer.Option(
+            "--int8/--fp32",
+            help="emit INT8 or FP32 (default: INT8 if it is faster and about as accurate)",
+        ),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML of a run; options override it")] = None,
-    passes: Annotated[str | None, typer.Option(help="a pipeline, such as a,b{x=1},c")] = None,
-    calibration: Annotated[int | None, typer.Option(help="calibration samples at most")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="of evaluation; default 128")] = None,
-    seed: Annotated[int | None, typer.Option(help="of all randomness; default 0")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu (the default) or cuda")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="read the run from a TOML file; options override it")
+    ] = None,
+    passes: Annotated[
+        str | None, typer.Option(help="run this pipeline of passes: a,b{x=1},c")
+    ] = None,
+    calibration: Annotated[
+        int | None, typer.Option(help="largest number of calibration samples")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="batch size of evaluation (default: 128)")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="seed of all random numbers (default: 0)")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="run on cpu (default) or cuda")] = None,
     threads: Threads = None,
-    verify: Annotated[bool | None, typer.Option(help="zero-then-remove before the cut")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with a killed run")] = False,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            help="check on random units that removing them equals zeroing them (default: on)"
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="continue an interrupted run in the same folder")
+    ] = False,
     trust_pickle: Trust = False,
     debug: Debug = False,
     quiet_run: Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")] = False,
 ) -> None:
-    """Compile a model into a smaller one: model.onnx, model.pt2 and a report in the folder OUT."""
+    """Make a model smaller; write model.onnx, model.pt2 and a report to the folder OUT."""
     given = {**locals()}
     for name in ("out", "recipe", "passes", "resume", "debug", "quiet_run"):
         del given[name]
@@ -138,13 +193,13 @@ def inspect_command(
     image_size: ImageSize = None,
     trust_pickle: Trust = False,
     attention: Annotated[
-        Preference, typer.Option(help="which part of attention widths units are")
+        Preference, typer.Option(help="remove whole heads, or narrow every head")
     ] = "heads",
-    html: Annotated[Path | None, typer.Option(help="file to draw the graph into")] = None,
+    html: Annotated[Path | None, typer.Option(help="draw the graph into this HTML file")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List what can be removed, what it is worth, and what is frozen and why."""
+    """List what can be removed, how much that saves, and what is frozen and why."""
     with exits(debug):
         request = Request(
             model, arch, tuple(arch_option or ()), data, tuple(data_option or ()), input_shape,
@@ -170,20 +225,24 @@ def _traced(request: Request) -> Program:
     if inputs is None and (data := request.load_data(0)) is not None:
         inputs = next(batches(data.calibration, 1)).inputs
     if inputs is None:
-        raise InputError("tell what the model takes: --input-shape 3,224,224 or --data DATA")
+        raise InputError(
+            "cannot infer the input shape; pass --input-shape 3,224,224 or --data DATA"
+        )
     return trace(model, inputs)
 
 
 @app.command("bench")
 def bench_command(
-    models: Annotated[list[Path], typer.Argument(help="ONNX files; speed-ups are over the first")],
+    models: Annotated[
+        list[Path], typer.Argument(help="ONNX files; speed-ups compare with the first")
+    ],
     batch: Annotated[int, typer.Option(min=1, help="size of dynamic dimensions")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="of ONNX Runtime")] = 1,
-    seconds: Annotated[float, typer.Option(min=0, help="how long to measure")] = 5.0,
+    threads: Annotated[int, typer.Option(min=1, help="threads of ONNX Runtime")] = 1,
+    seconds: Annotated[float, typer.Option(min=0, help="measure for this many seconds")] = 5.0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time ONNX files against each other in ONNX Runtime, in turns on random inputs."""
+    """Compare the latency of ONNX files in ONNX Runtime, interleaved, on random inputs."""
     with exits(debug):
         found = compare(
             {str(path): path for path in models}, batch=batch, threads=threads, seconds=seconds
@@ -196,15 +255,15 @@ def bench_command(
 
 @app.command("passes")
 def passes_command(
-    names: Annotated[Words, typer.Argument(help="only these")] = None,
+    names: Annotated[Words, typer.Argument(help="names of the passes to list")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List every pass, its options with their defaults, and the facts it needs and gives."""
+    """List all passes: what each does, its options and defaults, the facts it needs and gives."""
     with exits(debug):
         known = registry.known()
         if unknown := sorted(set(names or ()) - set(known)):
-            raise InputError(f"there is no pass '{unknown[0]}'; there are {', '.join(known)}")
+            raise InputError(f"there is no pass '{unknown[0]}'; the passes are {', '.join(known)}")
         steps = [known[name] for name in names or known]
         if as_json:
             print(json.dumps([describe(step) for step in steps], indent=2))

@@ -1,4 +1,4 @@
-"""How the command line ends when something fails: one paragraph and an exit code."""
+"""Errors on the command line: one paragraph and an exit code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxprune.errors import FxpruneError
 
 @contextmanager
 def exits(debug: bool) -> Iterator[None]:
-    """Turn errors into one paragraph and an exit code, and be silent about known noise."""
+    """Turn errors into one paragraph and an exit code; hide known warnings of libraries."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
         with quiet(not debug):
@@ -29,10 +29,10 @@ def exits(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        raise typer.Exit(_tell(error)) from None
+        raise typer.Exit(_print(error)) from None
 
 
-def _tell(error: Exception) -> int:
+def _print(error: Exception) -> int:
     notes = "".join(f"\n  {note}" for note in _notes(error))
     if isinstance(error, FxpruneError):
         print(f"fxprune: {error}{notes}", file=sys.stderr)
@@ -40,7 +40,7 @@ def _tell(error: Exception) -> int:
     first = next(iter(str(error).strip().splitlines()), "")
     print(
         f"fxprune: unexpected {type(error).__name__}: {first}{notes}\n"
-        "run again with --debug for the traceback, and please report it",
+        "this is a bug in fxprune: run again with --debug and report the traceback",
         file=sys.stderr,
     )
     return 1

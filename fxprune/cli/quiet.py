@@ -1,4 +1,4 @@
-"""Known noise of the libraries underneath, kept from users; anything else still shows."""
+"""Hide known warnings of libraries from users; all others still show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What torch and onnxscript say about their own insides when a model is traced or exported.
+# Warnings of torch and onnxscript about their own internals during tracing and export.
 NOISY_MODULES = r"(torch|onnxscript|onnx|copyreg|onnx_ir)(\.|$)"
 NOISY_LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
 

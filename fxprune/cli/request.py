@@ -1,4 +1,4 @@
-"""What the command line names, the model and the data, as files and text, and how they load."""
+"""The model and the data as the command line names them, and how to load them."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Request:
     """A model and data as users name them; the fields are options of the command line.
 
     Attributes:
-        model: the file of the model.
-        arch: what a state dict fits.
-        arch_option: ``name=value`` for its factory.
-        data: the data's folder, file, name or factory.
-        data_option: ``name=value`` for its factory.
-        input_shape: of one sample, such as ``3,32,32``.
-        image_size: that image files are resized and cropped to, ``224`` or ``224,160``.
-        mean: per channel, of images between 0 and 1.
-        std: likewise.
-        trust_pickle: consent to run code from the model's file.
+        model: path of the model's file.
+        arch: architecture of a state dict.
+        arch_option: ``name=value`` for the architecture's factory.
+        data: folder, file, name or factory of the data.
+        data_option: ``name=value`` for the data's factory.
+        input_shape: shape of one sample, such as ``3,32,32``.
+        image_size: size to resize and crop image files to, ``224`` or ``224,160`` (height, width).
+        mean: per-channel mean, for pixels scaled to [0, 1].
+        std: per-channel standard deviation, for pixels scaled to [0, 1].
+        trust_pickle: whether unpickling is allowed, which can execute code stored in the file.
 
     """
 
@@ -80,7 +80,7 @@ class Request:
         return load_data(self.data, scaling, options=options, channels=channels, seed=seed)
 
     def example_inputs(self) -> tuple[Any, ...] | None:
-        """Return one made-up sample of the input shape, if that is given."""
+        """Return one random sample of the input shape, if that is given."""
         if not (shape := self._shape()):
             return None
         random = torch.Generator().manual_seed(0)
@@ -96,7 +96,7 @@ _RECIPE_FIELDS = {field.name for field in fields(Request)} | set(Options.RECIPE_
 
 
 def typed(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Give the options of a recipe their types.
+    """Convert the options of a recipe to their types.
 
     Raises:
         InputError: an option is unknown or has a wrong value.
@@ -115,14 +115,14 @@ def typed(options: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def split(told: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
-    """Part what names the model and the data from the options of the run.
+    """Split the options into those of the model and the data, and those of the run.
 
     Raises:
         InputError: no model is named.
 
     """
     if "model" not in told:
-        raise InputError("name the model's file: fxprune compile MODEL --data DATA")
+        raise InputError("no model is given; write fxprune compile MODEL --data DATA")
     parts = {field.name for field in fields(Request)}
     named = {name: value for name, value in told.items() if name in parts}
     for name in ("arch_option", "data_option"):
@@ -131,7 +131,7 @@ def split(told: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
 
 
 def keywords(texts: Iterable[str], option: str) -> Mapping[str, Any]:
-    """Read ``name=value`` texts; values are JSON where they can be, else text."""
+    """Read ``name=value`` texts; a value that is valid JSON is read as JSON, any other as text."""
     found: dict[str, Any] = {}
     for text in texts:
         name, sign, value = text.partition("=")
@@ -151,9 +151,11 @@ def numbers(text: str | None, option: str, kind: type[Any]) -> tuple[Any, ...]:
     try:
         found = tuple(kind(part) for part in re.split(r"[,x]", str(text)))
     except ValueError as error:
-        raise InputError(f"{option} {text}: write numbers with commas, such as 3,32,32") from error
+        raise InputError(
+            f"{option} {text}: write numbers separated by commas, e.g. 3,32,32"
+        ) from error
     if kind is int and min(found) < 1:
-        raise InputError(f"{option} {text}: sizes must be at least 1")
+        raise InputError(f"{option} {text}: every size must be at least 1")
     return found
 
 
@@ -162,5 +164,5 @@ def read_text(path: Path, option: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise InputError(f"{option} {path} cannot be read: {reason}") from error
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"cannot read {option} {path}: {reason}") from error

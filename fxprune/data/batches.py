@@ -1,4 +1,4 @@
-"""Batches of samples: what a model takes, and the targets."""
+"""Batches of samples: the inputs of a model, and the targets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fxprune.data.datasets import Gathers, Samples
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples, stacked: what the model takes, and the targets (None where unlabelled)."""
+    """Stacked samples: the inputs of the model, and the targets (None without labels)."""
 
     inputs: tuple[Any, ...]
     target: Any | None
@@ -33,16 +33,17 @@ def batches(
     limit: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Iterator[Batch]:
-    """Yield batches of the dataset, the last one perhaps smaller.
+    """Yield batches of the dataset; the last one may be smaller.
 
     Args:
-        dataset: items are ``(input, target)``, or an input alone; an input that is a tuple stands
-            for several model inputs.
+        dataset: items are ``(input, target)``, or an input alone; an input that is a tuple holds
+            several model inputs.
         batch_size: samples per batch.
-        seed: shuffles, the same way for the same seed; None keeps the order of the dataset.
-        limit: how many samples to take at most; without a seed these are the first ones, which
-            may all be of one class.
-        device: where the tensors go.
+        seed: shuffles the samples, in the same order for the same seed; None keeps the order of
+            the dataset.
+        limit: largest number of samples; without a seed these are the first ones, which may all
+            belong to one class.
+        device: device of the tensors.
 
     """
     indices = torch.arange(len(dataset))

@@ -1,4 +1,4 @@
-"""Datasets: what a sample source must offer, and sources that hand out batches at once."""
+"""Datasets: the protocol of a sample source, and sources that return whole batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Samples(Protocol):
 
 @runtime_checkable
 class Gathers(Protocol):
-    """A dataset that makes a batch faster than item by item."""
+    """A dataset that can return a whole batch, faster than item by item."""
 
     def gather(self, indices: Tensor) -> Any:
         """Return the collated samples: ``(inputs, targets)``, or a tensor of inputs alone."""
@@ -27,12 +27,12 @@ class Gathers(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """Samples that lie in memory as stacked tensors, changed batch by batch on their way out.
+    """Samples in memory as stacked tensors; each batch is transformed when it is read.
 
     Attributes:
         inputs: the samples, stacked along dimension 0.
         targets: one per sample, or None.
-        change: turns a stack of inputs into what the model takes.
+        change: function that transforms a stack of inputs into model inputs.
 
     """
 
@@ -55,7 +55,7 @@ class Arrays:
 
 @dataclass(frozen=True, eq=False)
 class Collated:
-    """A dataset whose items need a collate function of their own."""
+    """A dataset with its own collate function."""
 
     samples: Samples
     collate: Callable[[list[Any]], Any]

@@ -1,4 +1,4 @@
-"""Pictures: folders of image files, and how pixels become what a model takes."""
+"""Images: folders of image files, and the normalisation of pixels."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class Scaling:
-    """How 8-bit pixels become floats: divided by 255, less ``mean``, divided by ``std``.
+    """Normalisation of 8-bit pixels: ``(pixel / 255 - mean) / std``, in FP32.
 
     Attributes:
-        size: height and width that image files are resized and cropped to; None keeps theirs.
-        mean: per channel, after the division; one value serves for all channels. None stands
-            for ImageNet's where there are three channels, else for 0.
-        std: likewise; None stands for ImageNet's, else for 1.
+        size: height and width to resize and crop image files to; None keeps their own size.
+        mean: one value per channel, or one for all. None is ImageNet's mean for three channels,
+            else 0.
+        std: one value per channel, or one for all. None is ImageNet's standard deviation for
+            three channels, else 1.
 
     """
 
@@ -36,16 +37,16 @@ class Scaling:
     std: tuple[float, ...] | None = None
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Turn uint8 (n, h, w, c) into float32 (n, c, h, w)."""
+        """Convert uint8 (n, h, w, c) to float32 (n, c, h, w)."""
         images = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32) / 255
         mean, std = self.constants(images.shape[1])
         return (images - _per_channel(mean, images)) / _per_channel(std, images)
 
     def constants(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return the mean and deviation that apply to so many channels.
+        """Return the mean and standard deviation for this number of channels.
 
         Raises:
-            InputError: there are more or fewer of them than channels.
+            InputError: the number of values does not match, or a deviation is not positive.
 
         """
         default_mean, default_std = IMAGENET if channels == 3 else ((0.0,), (1.0,))
@@ -53,11 +54,11 @@ class Scaling:
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, channels):
                 raise InputError(
-                    f"--{name} has {len(values)} values, and the images have {channels} channels; "
-                    "give one value per channel, or one for all"
+                    f"--{name} has {len(values)} values, but the images have {channels} channels; "
+                    "give one value per channel, or one value for all"
                 )
         if min(std) <= 0:
-            raise InputError(f"--std must be positive, not {min(std)}")
+            raise InputError(f"--std must be positive, but a value is {min(std)}")
         return mean, std
 
 
@@ -67,14 +68,14 @@ def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Image files, decoded when they are asked for; a batch is decoded by several threads.
+    """Image files, decoded when they are read; several threads decode a batch.
 
     Attributes:
         paths: the files.
-        targets: a class number per file, or None.
+        targets: one class number per file, or None.
         classes: the names of the classes.
-        scaling: how pixels become floats.
-        mode: Pillow's name of the colours, ``RGB`` or ``L``.
+        scaling: the normalisation of pixels.
+        mode: Pillow's colour mode, ``RGB`` or ``L``.
 
     """
 
@@ -108,13 +109,13 @@ def _check_equal(paths: Sequence[Path], images: Sequence[Tensor]) -> None:
         if image.shape != images[0].shape:
             sizes = [f"{i.shape[0]}x{i.shape[1]}" for i in (images[0], image)]
             raise InputError(
-                f"{paths[0]} is {sizes[0]} and {path} is {sizes[1]}; give --image-size to bring "
-                "the images to one size"
+                f"{paths[0]} is {sizes[0]} and {path} is {sizes[1]}; give --image-size to resize "
+                "all images to one size"
             )
 
 
 def read_image(path: Path, size: tuple[int, int] | None, mode: str = "RGB") -> Tensor:
-    """Return an image file as uint8 (h, w, c), scaled to cover ``size`` and cropped centrally.
+    """Return an image file as uint8 (h, w, c), resized to cover ``size`` and centre-cropped.
 
     Raises:
         InputError: the file cannot be decoded; the message names it.
@@ -125,7 +126,7 @@ def read_image(path: Path, size: tuple[int, int] | None, mode: str = "RGB") -> T
             image = opened.convert(mode)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise InputError(
-            f"the image {path} cannot be read ({error}); mend it or take it out of the folder"
+            f"the image {path} cannot be read ({error}); repair it or remove it from the folder"
         ) from error
     if size is not None and (image.height, image.width) != size:
         image = _cover(image, *size)
@@ -160,8 +161,8 @@ def image_folder(folder: Path, scaling: Scaling, mode: str = "RGB") -> ImageFile
     if not files:
         kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         raise InputError(
-            f"the folder {folder} holds no images ({kinds}); put them into one subfolder per "
-            "class, under train/ and val/ where they are split already"
+            f"the folder {folder} holds no images ({kinds}); put the images into one subfolder "
+            "per class, below train/ and val/ if they are already split"
         )
     return ImageFiles(files, None, (), scaling, mode)
 

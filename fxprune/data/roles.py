@@ -1,4 +1,4 @@
-"""Data: which samples calibrate, train and evaluate, and batches of them."""
+"""Roles of data: calibration, training and evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxprune.data.datasets import Arrays, Collated, Samples
 from fxprune.errors import InputError
 
 ROLES = ("calibration", "train", "eval")
-HELD_OUT = 0.2  # the share of the samples that evaluates where no evaluation data was given
+HELD_OUT = 0.2  # fraction of the samples held out for evaluation if no evaluation data is given
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,10 +23,10 @@ class Data:
     """Datasets by role; items are ``(input, target)``, or an input alone.
 
     Attributes:
-        calibration: what estimates statistics and sensitivities.
-        train: what fine-tuning learns from; None if there is nothing to learn from.
-        eval: what accuracy is measured on; None if there is nothing to measure on.
-        notes: what the report should tell about the choice.
+        calibration: samples for statistics and sensitivities.
+        train: samples for fine-tuning; None disables fine-tuning.
+        eval: samples for measuring accuracy; None disables evaluation.
+        notes: remarks on the choice of samples, for the report.
 
     """
 
@@ -36,21 +36,21 @@ class Data:
     notes: tuple[str, ...] = ()
 
     def roles(self) -> Iterator[tuple[str, Samples]]:
-        """Yield each role that is filled, with its dataset."""
+        """Yield each role that has a dataset, with the dataset."""
         for role in ROLES:
             if (samples := getattr(self, role)) is not None:
                 yield role, samples
 
 
 def as_data(source: Any, *, seed: int = 0) -> Data:
-    """Give datasets their roles.
+    """Assign datasets to roles.
 
     Args:
         source: a ``Data``, a map-style dataset, a ``DataLoader`` (its dataset and its collate
             function are used), a tensor of inputs, a pair of tensors ``(x, y)``, or a mapping from
-            any of ``calibration``, ``train`` and ``eval`` to these. Without ``eval`` a fifth of
-            the samples is held out for it; ``{"eval": None}`` forgoes evaluation.
-        seed: chooses the samples that are held out.
+            any of ``calibration``, ``train`` and ``eval`` to these. Without ``eval``, a fifth of
+            the samples is held out for it; ``{"eval": None}`` disables evaluation.
+        seed: seed for drawing the held-out samples.
 
     Raises:
         InputError: the source is none of these, or a dataset is empty.
@@ -62,7 +62,7 @@ def as_data(source: Any, *, seed: int = 0) -> Data:
         return _with_roles({"train": _samples(source, "data")}, seed)
     if unknown := sorted(map(str, set(source) - set(ROLES))):
         raise InputError(
-            f"the data has the unknown parts {', '.join(unknown)}; a mapping may have the keys "
+            f"the data has the unknown keys {', '.join(unknown)}; a mapping may have the keys "
             f"{', '.join(ROLES)}"
         )
     parts = {role: None if part is None else _samples(part, role) for role, part in source.items()}
@@ -74,8 +74,8 @@ def _with_roles(parts: Mapping[str, Samples | None], seed: int) -> Data:
     pool = train if train is not None else calibration
     if pool is None:
         raise InputError(
-            "the data has nothing to calibrate on; give 'calibration' or 'train' samples "
-            "besides 'eval'"
+            "the data has no samples for calibration; add 'calibration' or 'train' samples to "
+            "'eval'"
         )
     notes: list[str] = []
     evaluation = parts.get("eval")
@@ -84,11 +84,11 @@ def _with_roles(parts: Mapping[str, Samples | None], seed: int) -> Data:
         evaluation, rest = hold_out(pool, seed)
         notes.append(
             f"no evaluation data was given: {len(evaluation):,} of {len(pool):,} samples "
-            f"are held out for it (drawn with seed {seed})"
+            f"are held out for evaluation (drawn with seed {seed})"
         )
     if train is None:
         if "train" not in parts:
-            notes.append("no training data was given: the calibration samples serve for it")
+            notes.append("no training data was given: training uses the calibration samples")
         return Data(rest, rest if "train" not in parts else None, evaluation, tuple(notes))
     if calibration is None or calibration is train:
         calibration = rest
@@ -96,7 +96,7 @@ def _with_roles(parts: Mapping[str, Samples | None], seed: int) -> Data:
 
 
 def hold_out(samples: Samples, seed: int, share: float = HELD_OUT) -> tuple[Samples, Samples]:
-    """Split a dataset into ``(held out, rest)``, at random but the same for the same seed."""
+    """Split a dataset at random into ``(held out, rest)``; the same seed gives the same split."""
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
     count = min(max(round(share * len(samples)), 1), len(samples) - 1)
     held_out, rest = sorted(order[:count]), sorted(order[count:])
@@ -119,7 +119,7 @@ def _samples(source: Any, role: str) -> Samples:
         hasattr(source, "__len__") and hasattr(source, "__getitem__")
     ):
         raise InputError(
-            f"{role} is a {type(source).__name__}, which has no length and no items by number; "
+            f"{role} is a {type(source).__name__}, which has no length or no items by index; "
             "give a map-style dataset of (input, target) samples, a DataLoader over one, "
             "or a pair of tensors"
         )
@@ -141,12 +141,12 @@ def _pair(source: tuple[Any, ...], role: str) -> Arrays:
         lengths = ", ".join(str(len(tensor)) for tensor in tensors)
         raise InputError(
             f"{role} is a tuple of tensors of lengths {lengths}; "
-            "give one pair (x, y) with as many targets as inputs"
+            "give one pair (x, y) with one target per input"
         )
     return Arrays(tensors[0], tensors[1])
 
 
 def subset(samples: Samples, count: int, seed: int) -> Samples:
-    """Choose some of the samples, at random but the same for the same seed."""
+    """Choose ``count`` samples at random; the same seed gives the same samples."""
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
     return _subset(samples, sorted(order[:count].tolist()))

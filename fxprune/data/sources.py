@@ -1,4 +1,4 @@
-"""Data by name: what ``--data`` may say, and whether it suits the model."""
+"""Load the data that ``--data`` names, and check that it fits the model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fxprune.data.roles import Data, as_data
 from fxprune.errors import InputError
 from fxprune.models.factories import call_factory, find_factory
 
-# Where the parts of a data set usually lie.
+# Usual names of the folders of a data set.
 TRAIN, EVAL = ("train", "training"), ("val", "valid", "validation", "test", "eval")
-LOOKED_AT = 512  # samples of a slow dataset whose labels are checked before the run
+CHECKED_LABELS = 512  # samples of a slow dataset whose labels are checked before the run
 
 
 def load_data(
@@ -36,12 +36,12 @@ def load_data(
     """Load the data that ``--data`` names.
 
     Args:
-        spec: an image folder, an ``.npz`` file with arrays ``x`` and (perhaps) ``y``, the
+        spec: an image folder, an ``.npz`` file with an array ``x`` and optionally ``y``, the
             built-in ``digits``, or ``package.module:factory``.
-        scaling: how 8-bit images become what the model takes.
-        options: keywords for a factory.
-        channels: what the model takes of image files: 1 for grey, 3 for colour.
-        seed: chooses the samples that are held out where no evaluation data is given.
+        scaling: normalisation of 8-bit images.
+        options: keyword arguments for a factory.
+        channels: channels of image files: 1 for grey, 3 for colour.
+        seed: seed for drawing the held-out samples if no evaluation data is given.
 
     Raises:
         InputError: there is no such data, or it cannot be read.
@@ -60,12 +60,12 @@ def load_data(
         return as_data(call_factory(factory, spec, "--data", dict(options or {})), seed=seed)
     raise InputError(
         f"--data {spec}: there is no such folder; give an image folder, an .npz file with arrays "
-        "x and y, the built-in digits, or package.module:factory"
+        "x and y, the built-in data set digits, or package.module:factory"
     )
 
 
 def digits() -> Data:
-    """Return scikit-learn's 1,797 digits, 1 x 8 x 8; 360 of them, always the same, evaluate."""
+    """Return scikit-learn's 1,797 digits, 1 x 8 x 8; the same 360 are always for evaluation."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -99,14 +99,16 @@ def _check_classes(train: Any, evaluation: Any) -> None:
         odd = sorted(set(train.classes) ^ set(evaluation.classes))
         raise InputError(
             f"the training and evaluation folders have different classes: {', '.join(odd[:5])}; "
-            "classes are numbered by the order of their folders, so both need the same ones"
+            "class numbers follow the order of the class folders, so both need the same ones"
         )
 
 
 def _told(data: Data, scaling: Scaling, mode: str) -> Data:
     if mode != "RGB" or (scaling.mean and scaling.std):
         return data
-    note = "images are normalised with ImageNet's mean and deviation; --mean and --std change it"
+    note = (
+        "images are normalised with the mean and std of ImageNet; change them by --mean and --std"
+    )
     return replace(data, notes=(*data.notes, note))
 
 
@@ -118,21 +120,21 @@ def _from_npz(path: Path, scaling: Scaling, seed: int) -> Data:
             if "x" not in arrays:
                 raise InputError(
                     f"--data {path} holds {', '.join(arrays) or 'nothing'}; it needs an array x "
-                    "(samples first) and, for labels, y"
+                    "(first dimension: samples) and, for labels, an array y"
                 )
             x = arrays["x"]
             y = arrays.get("y")
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"--data {path} cannot be read ({error}); save it with numpy.savez, numbers only"
+            f"--data {path} cannot be read ({error}); save arrays of numbers with numpy.savez"
         ) from error
     if y is not None and len(x) != len(y):
         raise InputError(f"--data {path} holds {len(x)} samples in x and {len(y)} in y")
     is_image = x.dtype == np.uint8
     if is_image and x.ndim not in (3, 4):
         raise InputError(
-            f"--data {path}: x is uint8 of shape {x.shape}; images are (n, height, width, "
-            "channels) or (n, height, width)"
+            f"--data {path}: x is uint8 of shape {x.shape}, but images must have the shape (n, "
+            "height, width, channels) or (n, height, width)"
         )
     if is_image and x.ndim == 3:
         x = x[..., None]
@@ -147,7 +149,7 @@ def _unchanged(inputs: Tensor) -> Tensor:
 def _arrays(
     x: np.ndarray[Any, Any], y: np.ndarray[Any, Any] | None, change: Callable[[Tensor], Tensor]
 ) -> Arrays:
-    """Make samples of arrays; floats become float32, whole targets int64."""
+    """Make samples from arrays; floats become float32, integer targets become int64."""
     inputs = torch.from_numpy(x)
     if inputs.is_floating_point():
         inputs = inputs.to(torch.float32)
@@ -162,10 +164,10 @@ def _precision(targets: Tensor) -> torch.dtype:
 
 
 def check_inputs(data: Data, example_inputs: tuple[Any, ...]) -> None:
-    """Fail unless the samples have the shapes that the model takes, the batch dimension aside.
+    """Check that samples have the shapes of the model's inputs, except for the batch dimension.
 
     Raises:
-        InputError: tells both shapes.
+        InputError: the shapes differ; the message states both.
 
     """
     wanted = [tuple(leaf.shape[1:]) for leaf in _tensors(example_inputs)]
@@ -174,8 +176,8 @@ def check_inputs(data: Data, example_inputs: tuple[Any, ...]) -> None:
         given = [tuple(leaf.shape[1:]) for leaf in _tensors(batch.inputs)]
         if given != wanted:
             raise InputError(
-                f"the {role} samples are {_shapes(given)} and the model takes {_shapes(wanted)}; "
-                "give --image-size for image files, or the model's own input size"
+                f"the {role} samples are {_shapes(given)}, but the model takes {_shapes(wanted)}; "
+                "resize image files with --image-size, or give data of the model's input size"
             )
 
 
@@ -188,12 +190,12 @@ def _shapes(shapes: list[tuple[int, ...]]) -> str:
 
 
 def check_labels(data: Data, outputs: int) -> None:
-    """Fail unless whole-number labels, one per sample, lie within the model's outputs.
+    """Check that integer labels, one per sample, lie within the model's outputs.
 
-    Labels that lie in memory are all looked at, otherwise those of some hundred samples.
+    All labels in memory are checked; of slower datasets, those of 512 samples.
 
     Raises:
-        InputError: tells the label and the range.
+        InputError: a label is out of range; the message states the label and the range.
 
     """
     for role, samples in data.roles():
@@ -204,8 +206,8 @@ def check_labels(data: Data, outputs: int) -> None:
         if low < 0 or high >= outputs:
             wrong = low if low < 0 else high
             raise InputError(
-                f"the {role} data has the label {wrong}, and the model's {outputs} outputs allow "
-                f"0 to {outputs - 1}; the data and the model are not for the same classes"
+                f"the {role} data has the label {wrong}, but the model's {outputs} outputs allow "
+                f"labels 0 to {outputs - 1}; data and model must have the same classes"
             )
 
 
@@ -216,6 +218,6 @@ def _labels(samples: Any) -> Tensor | None:
         return None if targets is None else targets[torch.as_tensor(indices)]
     if isinstance(samples, (Arrays, ImageFiles)):
         return samples.targets
-    first = [batch.target for batch in batches(samples, 64, seed=0, limit=LOOKED_AT)]
+    first = [batch.target for batch in batches(samples, 64, seed=0, limit=CHECKED_LABELS)]
     known = [target for target in first if isinstance(target, Tensor)]
     return torch.cat(known) if known else None

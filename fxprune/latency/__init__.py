@@ -1,1 +1,1 @@
-"""Latency in ONNX Runtime: measured, predicted, planned for."""
+"""Latency in ONNX Runtime: measure it, predict it and plan for it."""

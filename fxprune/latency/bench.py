@@ -1,4 +1,4 @@
-"""A bench for latency: the dense model measured, and others predicted or measured beside it."""
+"""A latency bench: measure the dense model, and predict or measure others relative to it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ RUNS = 30
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What latencies are measured and predicted with.
+    """The means to measure and predict latencies.
 
     Attributes:
-        folder: where the dense model's ONNX file is.
+        folder: folder of the dense model's ONNX file.
         table: times of layers.
-        dense_ms: the dense model's latency.
-        how: what makes latencies of layers' times, such that the dense model's is right.
-        progress: shows the measuring of layers.
+        dense_ms: latency of the dense model, in milliseconds.
+        how: conversion from times of layers to a latency, exact for the dense model.
+        progress: display of progress while layers are measured.
 
     """
 
@@ -44,20 +44,21 @@ class Bench:
     progress: Tracker | None = None
 
     def ledger(self, program: Program, groups: Sequence[Group]) -> LatencyLedger:
-        """Return latency as a function of how many units each group loses."""
+        """Return latency as a function of the number of units removed from each group."""
         terms = latency_terms(program, groups)
         self.table.fill((config for term in terms for config in term.configs), self.progress)
         return LatencyLedger.of(terms, len(groups), self.table, self.how)
 
     def predict(self, program: Program) -> float:
-        """Return a program's milliseconds by the table, its layers measured at their own widths."""
+        """Predict a program's milliseconds; the table measures missing layers at their widths."""
         self.table.fill(configs_of(program))
         return self.how.predict(program, self.table)
 
     def measure(self, program: Program) -> float:
-        """Return a program's milliseconds: the dense latency, by the median ratio of runs in turns.
+        """Measure a program's milliseconds, interleaved with the dense model.
 
-        Neighbouring runs meet the same clock; percentiles of each model's own times may not.
+        The result is the dense latency divided by the median speed-up. Neighbouring runs have the
+        same clock; percentiles of each model's own times may not.
         """
         path = self.folder / "small.onnx"
         export_onnx(program, path, check=False)
@@ -69,7 +70,7 @@ class Bench:
 def open_bench(
     dense: Program, folder: Path, table: Table, progress: Tracker | None = None
 ) -> Bench:
-    """Export the dense model into a folder, measure it, and calibrate the table to it."""
+    """Export the dense model into a folder, measure it, and calibrate the table with it."""
     path = folder / "dense.onnx"
     export_onnx(dense, path, check=False)
     threads = table.host.threads
@@ -85,13 +86,13 @@ def open_bench(
 def calibrate(
     nodes: Mapping[str, Profiled], whole: float, us: float, elements: float
 ) -> Calibration:
-    """Split a network's latency as its profile does into layers, other operators and the rest.
+    """Split a network's latency into layers, other operators and the rest, as in its profile.
 
     Args:
         nodes: the profile.
         whole: the latency, in milliseconds.
-        us: what the table says of its layers.
-        elements: how many are computed outside of layers.
+        us: the time of its layers by the table, in microseconds.
+        elements: number of elements computed outside of layers.
 
     """
     in_layers = sum(node.us for node in nodes.values() if node.operator in LAYERS) / 1e3

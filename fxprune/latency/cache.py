@@ -1,4 +1,4 @@
-"""Times of layers kept on disk, one file per kind of host, so that they are measured once."""
+"""A cache of layer times on disk, one file per kind of host, so that each is measured once."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FORMAT = 3
 
 @dataclass(frozen=True)
 class Host:
-    """What the times of layers depend on besides the layers.
+    """The properties of a host that the times of layers depend on.
 
     Attributes:
-        cpu: the processor's name.
+        cpu: name of the processor.
         features: its vector extensions.
-        runtime: the version of ONNX Runtime.
-        threads: of one operator.
+        runtime: version of ONNX Runtime.
+        threads: threads of one operator.
 
     """
 
@@ -53,8 +53,8 @@ class Timing:
 
     Attributes:
         us: microseconds per run, the median of several sweeps.
-        spread: by what share of it the slowest sweep took longer.
-        when: seconds since the epoch.
+        spread: difference between the slowest and the fastest sweep, relative to the fastest.
+        when: time of the measurement, in seconds since the epoch.
 
     """
 
@@ -64,14 +64,14 @@ class Timing:
 
 
 def load(path: Path) -> tuple[dict[str, Timing], str | None]:
-    """Read the times in a file, and say what is wrong with it if it cannot be read.
+    """Read the times in a file; return them with a note on what is wrong with the file, if any.
 
-    A file that does not exist has no times; neither has one that is damaged.
+    A file that does not exist, or is damaged, has no times.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
-            return {}, f"the latency table {path} has another format; it is measured anew"
+            return {}, f"the latency table {path} has an old format; its times are measured again"
         found = {str(key): Timing(*map(float, row)) for key, row in content["times"].items()}
         if not all(0 < one.us < float("inf") for one in found.values()):
             raise ValueError("a time is not positive")
@@ -80,12 +80,12 @@ def load(path: Path) -> tuple[dict[str, Timing], str | None]:
     except OSError as error:
         return {}, f"the latency table {path} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, f"the latency table {path} is damaged ({error}); it is measured anew"
+        return {}, f"the latency table {path} is damaged ({error}); its times are measured again"
     return found, None
 
 
 def save(path: Path, host: Host, times: Mapping[str, Timing]) -> str | None:
-    """Add times to those in a file, whole or not at all; return why it could not be done."""
+    """Add times to a file atomically; return a note if this failed."""
     merged = load(path)[0] | dict(times)
     rows = {key: [one.us, one.spread, one.when] for key, one in sorted(merged.items())}
     text = json.dumps({"format": FORMAT, "host": asdict(host), "times": rows}, indent=0)
@@ -99,7 +99,7 @@ def save(path: Path, host: Host, times: Mapping[str, Timing]) -> str | None:
         finally:
             Path(aside).unlink(missing_ok=True)
     except OSError as error:
-        return f"the latency table could not be kept in {path} ({error.strerror})"
+        return f"cannot write the latency table {path} ({error.strerror})"
     return None
 
 

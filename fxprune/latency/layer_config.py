@@ -1,4 +1,4 @@
-"""Operators with all their sizes: what the latency table has times of."""
+"""Operators with all their sizes: the keys of the latency table."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The operators of a program whose times ONNX Runtime is asked for, and the sizes these depend on.
+"""The operators of a program that are timed in ONNX Runtime, and the sizes that times depend on.
 
 Convolutions, linear layers and matrix products are layers; attention is two matrix products.
 Element-wise operators, concatenations and global averages have times of their own too, in FP32 and
-in INT8. The time of anything else is taken to grow with the elements that it computes.
+in INT8. The time of any other operator is assumed proportional to the elements that it computes.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _concat(node: fx.Node, batch: int) -> Layer | None:
 
 
 def others(program: Program) -> Iterator[fx.Node]:
-    """Yield the nodes that compute a tensor at some cost and are no layers."""
+    """Yield the nodes other than layers that compute a tensor at some cost."""
     for node in program.graph.nodes:
         known = operators.operator_of(node)
         if packet_of(node) is None or known.free or known.kind in PRODUCTS:

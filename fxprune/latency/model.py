@@ -1,10 +1,10 @@
-"""Latency as a function of how many units each group loses, from times measured on this host.
+"""Latency as a function of the units removed from each group, from times measured on this host.
 
-A layer's time is measured on a grid of widths: every eighth channel up to 64, coarser beyond, the
-full width always among them. Between the grid's widths, times are interpolated linearly in each
-dimension; a convolution's channels are first rounded up to a multiple of eight, as its kernels do.
-Times never fall as a dimension grows: where noise says so, the smaller layer gets the larger one's.
-What is no layer takes time in proportion to the elements that it computes.
+A layer's time is measured on a grid of widths: every eighth channel up to 64, coarser beyond, and
+always the full width. Between grid points, times are interpolated linearly in each dimension; the
+channels of a convolution are first rounded up to a multiple of eight, as its kernels do. Times must
+not fall as a dimension grows: where noise violates this, the smaller layer gets the time of the
+larger one. Operators other than layers take time in proportion to the elements that they compute.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fxprune.structure.merging import Ints
 
 @dataclass(frozen=True)
 class Calibration:
-    """How the times of single layers make up the latency of a whole network on this host.
+    """Conversion from the times of single layers to the latency of a network on this host.
 
     Attributes:
-        per_us: milliseconds that one microsecond of the table comes to.
+        per_us: milliseconds of the network per microsecond of the table.
         per_element: milliseconds per element computed outside of layers.
-        fixed: milliseconds that no removal saves.
+        fixed: milliseconds that removal cannot save.
 
     """
 

@@ -1,8 +1,8 @@
-"""Plans within a latency budget: solved on the table, tried out, and corrected where that misses.
+"""Plan for a latency budget: solve with the table, measure the result, and correct the plan.
 
-A table of layers is right to some per cent. So the network that a plan leaves is exported and timed
-against the dense one; if it misses the budget, the plan is solved anew with all predictions scaled
-by how far this one was off.
+Predictions from a table of layers are wrong by some per cent. So the planned network is exported
+and timed against the dense one; if it misses the budget, the plan is solved again with all
+predictions scaled by the error of this one.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ from fxprune.planning.problem import Problem
 from fxprune.planning.solver import Solution, solve
 from fxprune.structure.merging import Ints
 
-AIM = 0.03  # a plan whose measured latency is this close to its budget is not made anew
-TOLERANCE = 0.02  # of plans; latencies are not known better
+MEASURED_TOLERANCE = 0.03  # plans with a measured latency this close to the budget are final
+TOLERANCE = 0.02  # of plans: predicted latencies are not more accurate than this
 
-Cut = Callable[[Ints], Program]  # a copy of the program, without so many units of each group
+Cut = Callable[
+    [Ints], Program
+]  # returns a copy of the program with so many units of each group removed
 
 
 @contextmanager
 def bench_for(
     targets: Sequence[Target], program: Program, context: Context
 ) -> Iterator[Bench | None]:
-    """Open a bench for as long as it is needed, if one of the targets is a latency."""
+    """Open a bench inside the ``with`` block if one of the targets is a latency."""
     if not any(target.name == "latency" for target in targets):
         yield None
         return
@@ -46,12 +48,13 @@ def bench_for(
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A plan, and the latency of what it leaves.
+    """A plan, and the latency of the planned network.
 
     Attributes:
         solution: the plan.
-        predicted_ms: by the table, each layer at its own widths.
-        measured_ms: in ONNX Runtime, beside the dense model; None if it was not tried.
+        predicted_ms: latency by the table, with each layer at its exact widths.
+        measured_ms: latency in ONNX Runtime, measured beside the dense model; None if not
+            measured.
 
     """
 
@@ -60,24 +63,24 @@ class Trial:
     measured_ms: float | None
 
     def over(self, limit: float) -> float:
-        """Return by what share it exceeds a limit as far as is known; negative if it does not."""
+        """Return the excess over a limit as a fraction, measured if possible; negative if below."""
         return (self.measured_ms or self.predicted_ms) / limit - 1
 
 
 def solve_and_try(
     problem: Problem, bench: Bench | None, cut: Cut, corrections: int
 ) -> tuple[Solution, dict[str, Any] | None]:
-    """Solve a problem; if its last quantity is latency, try the solution, and correct it.
+    """Solve a problem; if its last quantity is latency, measure the solution and correct it.
 
     Args:
-        problem: its costs predict latency by the bench's table.
-        bench: what measures; None if the problem is not about latency.
-        cut: carries a plan out.
-        corrections: how often a plan that misses is solved anew; zero tries none out.
+        problem: the planning problem; its costs predict latency by the table of the bench.
+        bench: the latency bench; None if latency is no target.
+        cut: function that carries out a plan on a copy.
+        corrections: how many times to re-plan after a miss; 0 disables measuring.
 
     Returns:
-        Of the plans tried, the one within the budget that spends the least sensitivity, else the
-        fastest, and what the report tells of its latency.
+        The plan with the least sensitivity among those within the budget, else the fastest plan,
+        and the figures of its latency for the report.
 
     Raises:
         BudgetError: no cut meets the budget.
@@ -93,7 +96,9 @@ def solve_and_try(
         if not _misses(trials[-1], problem, limits):
             break
         limits = _corrected(trials[-1], limits, limit)
-    best = min(trials, key=lambda one: (max(one.over(limit) - AIM, 0.0), one.solution.loss))
+    best = min(
+        trials, key=lambda one: (max(one.over(limit) - MEASURED_TOLERANCE, 0.0), one.solution.loss)
+    )
     return _told(best, limit, bench), {
         "dense_ms": bench.dense_ms,
         "predicted_ms": best.predicted_ms,
@@ -110,12 +115,12 @@ def _try(problem: Problem, bench: Bench, cut: Cut, measured: bool) -> Trial:
 
 
 def _misses(trial: Trial, problem: Problem, limits: Floats) -> bool:
-    """Tell whether a trial exceeds the budget, or falls short of it because of the prediction."""
+    """Whether a trial exceeds the budget, or stays below it because of a wrong prediction."""
     if trial.measured_ms is None:
         return False
     over = trial.over(float(problem.limits[-1]))
     binding = trial.solution.values[-1] >= (1 - 2 * problem.tolerance) * limits[-1]
-    return over > AIM or (over < -AIM and bool(binding))
+    return over > MEASURED_TOLERANCE or (over < -MEASURED_TOLERANCE and bool(binding))
 
 
 def _corrected(trial: Trial, limits: Floats, limit: float) -> Floats:
@@ -126,12 +131,12 @@ def _corrected(trial: Trial, limits: Floats, limit: float) -> Floats:
 
 
 def _told(best: Trial, limit: float, bench: Bench) -> Solution:
-    """Add to a solution's notes what there is to tell of its latency."""
+    """Add notes about latency to a solution."""
     notes = [*best.solution.notes, *bench.table.notes]
-    if best.measured_ms is not None and best.over(limit) > AIM:
+    if best.measured_ms is not None and best.over(limit) > MEASURED_TOLERANCE:
         notes.append(
-            f"the plan's latency was measured as {best.measured_ms:.3g} ms, "
-            f"{best.over(limit):.1%} over its budget; no plan that was tried came closer"
+            f"the measured latency of the plan is {best.measured_ms:.3g} ms, "
+            f"{best.over(limit):.1%} over its budget; no other plan came closer"
         )
     values = best.solution.values.copy()
     values[-1] = best.predicted_ms

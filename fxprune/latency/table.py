@@ -1,11 +1,11 @@
-"""A table of how long ONNX Runtime takes for single operators on this host, in FP32 and in INT8.
+"""A table of the times of single operators in ONNX Runtime on this host, in FP32 and in INT8.
 
-Many operators share a session whose profile tells the time of each. An operator's input is written
-just before it runs, and the sessions are about as large as a network's working set, so caches are
-as they would be in a network. Costs of calling a session and of reordering its inputs are left out.
+Many operators share one session, and its profile gives the time of each. An operator's input is
+written just before it runs, and sessions are about as large as a network's working set, so caches
+behave as in a network. The costs of calling a session and of reordering its inputs are excluded.
 
-A host's clock is not the same at all times. Every session runs a few layers that are the same in
-all of them, the anchors, and its times are scaled to what those took when the table was begun.
+A host's clock changes over time. Every session runs the same few layers, the anchors, and its times
+are scaled so that the anchors take as long as when the table was started.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ ANCHOR_ENTRIES: tuple[Entry, ...] = tuple((one, "fp32") for one in ANCHORS)
 
 @dataclass(eq=False)
 class Table:
-    """Times of operators on one host; what is missing is measured on demand.
+    """Times of operators on one host; missing times are measured on demand.
 
     Attributes:
-        host: whose times they are.
-        path: where they are kept; None keeps nothing.
+        host: the host of the times.
+        path: file to store the times in; None stores nothing.
         times: by form and ``LayerConfig.key``.
-        used: what was asked for since the table was opened.
-        notes: what the report should say about the file.
+        used: the entries used since the table was opened.
+        notes: remarks on the file, for the report.
 
     """
 
@@ -66,7 +66,7 @@ class Table:
         progress: Tracker | None = None,
         forms: Sequence[Form] = ("fp32",),
     ) -> int:
-        """Measure what the table lacks of operators in the given forms; return how much it was."""
+        """Measure the operators that the table lacks in the given forms; return their number."""
         asked = {(one, form) for one in configs for form in forms if form in one.forms}
         self.used |= asked
         unknown = sorted(entry for entry in asked if key_of(entry) not in self.times)
@@ -93,7 +93,7 @@ class Table:
         return len(unknown)
 
     def _anchors(self) -> dict[str, Timing]:
-        """Begin the table with the times of the anchors; return those that it did not have."""
+        """Measure the anchors if the table lacks them; return the new times."""
         keys = [key_of(entry) for entry in ANCHOR_ENTRIES]
         if all(key in self.times for key in keys):
             return {}
@@ -166,7 +166,8 @@ def measure(entries: Sequence[Entry], threads: int, runs: int = RUNS) -> dict[st
         us = time_of(profiled, number)
         if us is None:
             raise FxpruneError(
-                f"ONNX Runtime's profile has no time for {key_of(entry)}; please report it"
+                f"ONNX Runtime's profile has no time for {key_of(entry)}; this is a bug: please "
+                "report it"
             )
         found[key_of(entry)] = us
     return found

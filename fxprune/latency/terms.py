@@ -1,4 +1,4 @@
-"""The terms of a program's latency: its layers on grids of widths, and everything else."""
+"""The terms of a program's latency: layers on grids of widths, and all other operators."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Axis:
     """Dimensions of a layer that shrink together.
 
     Attributes:
-        length: what is left of it when nothing is removed; divides the size of every dimension.
-        shrink: by how much one unit of each group shrinks it.
-        block: to a multiple of what kernels round it up.
+        length: its length when nothing is removed; divides the size of every dimension.
+        shrink: reduction of the length by one removed unit of each group.
+        block: kernels round the length up to a multiple of this.
 
     """
 
@@ -40,7 +40,7 @@ class Axis:
     block: int = 1
 
     def knots(self, count: int) -> tuple[int, ...]:
-        """Return about so many lengths, ascending: multiples, a short one and the full one."""
+        """Return about ``count`` lengths, ascending: multiples, a short one and the full one."""
         unit = BLOCK if self.length > BLOCK else 1
         if self.length > min(FINE, unit * count):
             unit = 2 * BLOCK if self.length > BLOCK else 1
@@ -54,11 +54,11 @@ class Term:
     """One layer, or one other operator, over the axes that its time depends on.
 
     Attributes:
-        axes: at most three.
-        knots: by axis, the lengths at which its time is known.
-        configs: the layer at every combination of knots, the last axis fastest; none where time
-            goes by the elements.
-        elements: how many it computes for one sample when nothing is removed.
+        axes: at most three axes.
+        knots: for each axis, the lengths at which the time is known.
+        configs: the layer at every combination of knots, the last axis fastest; empty if the time
+            is proportional to the elements.
+        elements: number of elements computed for one sample when nothing is removed.
 
     """
 
@@ -104,7 +104,7 @@ def _size(dim: Dim) -> int:
 
 
 def _of_layer(layer: Layer, shrinkage: Shrinkage) -> Term:
-    """Tie dimensions that shrink in proportion into axes, and lay a grid over these."""
+    """Join dimensions that shrink in proportion into axes, and build a grid over the axes."""
     sizes = tuple(map(_size, layer.dims))
     tied: dict[bytes, list[int]] = {}
     shares: dict[int, Floats] = {}

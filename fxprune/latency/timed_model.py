@@ -1,7 +1,7 @@
 """ONNX models that run operators of the latency table, each on inputs of its own shapes.
 
-In FP32 an operator stands by itself. In INT8 it stands between the conversions that ONNX Runtime
-fuses with it; linear layers and matrix products give FP32 numbers there, as in networks.
+In FP32 an operator is alone. In INT8 it is between the conversions that ONNX Runtime fuses with it;
+linear layers and matrix products then return FP32 values, as in networks.
 """
 
 from __future__ import annotations

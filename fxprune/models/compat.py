@@ -1,4 +1,4 @@
-"""What other packages need before they work here."""
+"""Work-arounds that other packages need before they import."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 def enable_torchvision() -> None:
     """Make ``import torchvision`` (and ``timm``) work on a CPU build of torch.
 
-    The extension in torchvision's ordinary wheel needs CUDA's libraries. Without them it does not
+    The extension in torchvision's standard wheel needs CUDA libraries. Without them it does not
     load, and torchvision then fails to register shapes for an operator that does not exist:
-    ``operator torchvision::nms does not exist``. Declaring the operators ahead of the import cures
-    that; ``nms`` gets a CPU kernel besides. Nothing happens where torchvision imports as it is, is
-    not installed, or fails for another reason. Call it before the first import of either package.
+    ``operator torchvision::nms does not exist``. This function declares the operators before the
+    import, and gives ``nms`` a CPU kernel. It does nothing if torchvision imports normally, is not
+    installed, or fails for another reason. Call it before the first import of either package.
     """
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return
@@ -59,7 +59,7 @@ def suppress_overlaps(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Te
     Args:
         boxes: (n, 4), each as ``x1, y1, x2, y2``.
         scores: (n,).
-        iou_threshold: a box goes if it overlaps a better kept one by more than this.
+        iou_threshold: a box is dropped if its overlap with a better kept box exceeds this.
 
     """
     order = scores.argsort(descending=True, stable=True)

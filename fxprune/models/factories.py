@@ -17,10 +17,10 @@ def find_factory(spec: str, purpose: str) -> Callable[..., Any]:
 
     Args:
         spec: module path, colon, name of a callable.
-        purpose: what it is for, such as ``--arch``; part of the message.
+        purpose: the option that names it, such as ``--arch``; part of the error message.
 
     Raises:
-        InputError: the module or the callable is not there, or importing the module fails.
+        InputError: the module or the callable does not exist, or importing the module fails.
 
     """
     module_name, _, name = spec.partition(":")
@@ -30,12 +30,12 @@ def find_factory(spec: str, purpose: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise InputError(
-            f"{purpose} {spec}: there is no module {error.name}; modules are looked for in the "
-            f"current directory ({here}) and among the installed packages"
+            f"{purpose} {spec}: there is no module {error.name} in the current directory ({here}) "
+            "or among the installed packages"
         ) from error
     except Exception as error:
         raise InputError(
-            f"{purpose} {spec}: importing {module_name} fails with {type(error).__name__}: {error}"
+            f"{purpose} {spec}: importing {module_name} failed with {type(error).__name__}: {error}"
         ) from error
     factory = getattr(module, name, None)
     if not callable(factory):
@@ -47,7 +47,7 @@ def find_factory(spec: str, purpose: str) -> Callable[..., Any]:
 
 
 def call_factory(factory: Callable[..., Any], spec: str, purpose: str, options: Any) -> Any:
-    """Call a user's factory with keyword options; ``InputError`` tells what goes wrong in it."""
+    """Call a user's factory with keyword options; an exception in it becomes an ``InputError``."""
     try:
         return factory(**options)
     except InputError:
@@ -55,11 +55,11 @@ def call_factory(factory: Callable[..., Any], spec: str, purpose: str, options: 
     except Exception as error:
         given = ", ".join(f"{key}={value!r}" for key, value in options.items())
         raise InputError(
-            f"{purpose} {spec}: the call with ({given}) fails with {type(error).__name__}: {error}"
+            f"{purpose} {spec}: the call with ({given}) failed with {type(error).__name__}: {error}"
         ) from error
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """Return a clause that names the nearest known names, or nothing."""
+    """Return a clause that suggests the most similar known names, or an empty string."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""

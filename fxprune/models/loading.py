@@ -1,4 +1,4 @@
-"""Models from files: state dicts, exported programs, and pickled modules with consent."""
+"""Load models from files: state dicts, exported programs, and pickled modules if allowed."""
 
 from __future__ import annotations
 
@@ -31,18 +31,19 @@ def load_model(
     options: Mapping[str, Any] | None = None,
     trust_pickle: bool = False,
 ) -> nn.Module | Program:
-    """Load a model, in evaluation mode, from any of the files that models come in.
+    """Load a model from any supported kind of file, in evaluation mode.
 
     Args:
         path: a state dict (``.safetensors``, ``.pt``, ``.pth``), an exported program
             (``.pt2``, of ``torch.export.save`` or of ``fxprune.save``), or a pickled module.
-        arch: what a state dict fits: ``torchvision:resnet50``, ``timm:vit_tiny_patch16_224`` or
-            ``package.module:factory``.
-        options: keywords for the architecture's factory.
-        trust_pickle: consent to unpickle, which runs code that the file's author chose.
+        arch: architecture of a state dict: ``torchvision:resnet50``,
+            ``timm:vit_tiny_patch16_224`` or ``package.module:factory``.
+        options: keyword arguments for the architecture's factory.
+        trust_pickle: allow unpickling, which can execute code stored in the file.
 
     Raises:
-        InputError: the file is missing, broken, of no known kind, needs consent, or does not fit.
+        InputError: the file is missing, damaged, of an unknown kind, needs ``trust_pickle``, or
+            does not fit the architecture.
 
     """
     path = Path(path)
@@ -55,8 +56,8 @@ def load_model(
     state = state_of(content, path)
     if arch is None:
         raise InputError(
-            f"{path} holds weights only ({len(state)} tensors); name the architecture that they "
-            "fit with --arch torchvision:NAME, timm:NAME or package.module:factory"
+            f"{path} holds weights only ({len(state)} tensors); name their architecture with "
+            "--arch torchvision:NAME, timm:NAME or package.module:factory"
         )
     model = build(arch, options or {})
     fit(model, state, path, arch)
@@ -64,10 +65,10 @@ def load_model(
 
 
 def build(arch: str, options: Mapping[str, Any]) -> nn.Module:
-    """Make the module that an architecture names, with untrained weights.
+    """Build the module of an architecture, with untrained weights.
 
     Raises:
-        InputError: it cannot be found (the nearest names are told) or made.
+        InputError: it does not exist (the message suggests similar names), or building it fails.
 
     """
     library, _, name = arch.partition(":")
@@ -102,7 +103,7 @@ def _from_library(library: str, name: str) -> Callable[..., Any]:
             make = models.get_model
     except ImportError as error:
         raise InputError(
-            f"--arch {library}:{name} needs {library}, which does not import ({error}); "
+            f"--arch {library}:{name} needs {library}, which cannot be imported ({error}); "
             "install it with: pip install 'fxprune[vision]'"
         ) from error
     # timm knows pretrained tags as well: resnet50.a1_in1k
@@ -113,7 +114,7 @@ def _from_library(library: str, name: str) -> Callable[..., Any]:
 
 def _check_file(path: Path) -> None:
     if path.is_dir():
-        raise InputError(f"{path} is a directory; give the file that holds the model")
+        raise InputError(f"{path} is a directory; give the model's file in it")
     if not path.exists():
         siblings = [item.name for item in path.parent.glob("*") if item.is_file()]
         raise InputError(f"there is no file {path}{suggest(path.name, siblings)}")
@@ -122,7 +123,7 @@ def _check_file(path: Path) -> None:
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether it is a zip other than those of ``torch.save``."""
+    """Whether the file is a zip archive that ``torch.save`` did not write."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -135,25 +136,25 @@ def _load_program(path: Path, trust_pickle: bool) -> nn.Module | Program:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if damaged := archive.testzip():
-            raise _broken(path, f"{damaged} in it is damaged")
+            raise _broken(path, f"its part {damaged} is damaged")
     if serialize.is_program(path):
         return serialize.load(path)
     if not any(name.endswith("archive_format") or name == "version" for name in names):
-        raise _broken(path, "it is a zip archive, but of no program")
+        raise _broken(path, "it is a zip archive, but holds no program")
     if not trust_pickle:
         check_exported(path)
     try:
         exported = torch.export.load(path)
     except Exception as error:
-        raise _broken(path, f"torch.export.load says: {error}") from error
+        raise _broken(path, f"torch.export.load failed: {error}") from error
     return from_exported(exported, _example_inputs(exported, path))
 
 
 def _example_inputs(exported: ExportedProgram, path: Path) -> tuple[Any, ...]:
     if exported.example_inputs is None or exported.example_inputs[1]:
         raise InputError(
-            f"{path} carries no positional example inputs; export the model again with "
-            "torch.export.export(model, (x,)), all inputs by position"
+            f"{path} has no positional example inputs; export the model again with "
+            "torch.export.export(model, (x,)), with all inputs as positional arguments"
         )
     inputs: tuple[Any, ...] = exported.example_inputs[0]
     return inputs
@@ -161,8 +162,8 @@ def _example_inputs(exported: ExportedProgram, path: Path) -> tuple[Any, ...]:
 
 def _broken(path: Path, reason: str) -> InputError:
     return InputError(
-        f"{path} cannot be read: {reason}; it seems truncated or damaged, or is no model file; "
-        "copy or save it again"
+        f"{path} cannot be read: {reason}; the file is truncated, damaged or not a model: copy or "
+        "save it again"
     )
 
 
@@ -177,9 +178,9 @@ def _read(path: Path, trust_pickle: bool) -> Any:
     except pickle.UnpicklingError as error:
         if not trust_pickle and _needs_code(error):
             raise InputError(
-                f"{path} is a pickle of more than tensors, and unpickling runs code that the "
-                "file's author chose; save model.state_dict() and name the architecture with "
-                "--arch, or pass --trust-pickle if you trust where the file came from"
+                f"{path} is a pickle of Python objects, and unpickling can execute code stored in "
+                "the file; save model.state_dict() and name the architecture with --arch, or pass "
+                "--trust-pickle if you trust the source of the file"
             ) from error
         if not trust_pickle:
             raise _broken(path, _first_line(error)) from error
@@ -192,7 +193,7 @@ def _read(path: Path, trust_pickle: bool) -> Any:
 
 
 def _needs_code(error: pickle.UnpicklingError) -> bool:
-    """Whether the safe unpickler met a class or function, as opposed to rubbish."""
+    """Whether the safe unpickler refused a class or function, instead of failing on bad bytes."""
     return any(word in str(error) for word in ("Unsupported global", "Unsupported class", "GLOBAL"))
 
 

@@ -1,4 +1,4 @@
-"""Weights: tensors by name, as checkpoints hold them, and whether they fit a model."""
+"""State dicts: extract them from checkpoints and load them into models."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from fxprune.errors import InputError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema", "net", "module", "params")
 PREFIXES = ("module.", "_orig_mod.")
-# Batch norms count their batches; old checkpoints lack the counter and nothing depends on it.
+# Batch norms count their batches; old checkpoints lack the counter, and no result depends on it.
 COUNTERS = ("num_batches_tracked",)
 SHOWN = 3  # how many mismatches an error lists
 
 
 def state_of(content: Any, path: Path) -> dict[str, Tensor]:
-    """Unwrap a checkpoint down to its tensors, under the names that the model itself uses."""
+    """Extract the tensors of a checkpoint, without the name prefixes that wrappers add."""
     while isinstance(content, Mapping) and not _is_state(content):
         key = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if key is None:
             raise InputError(
-                f"{path} holds a dictionary of {', '.join(map(str, list(content)[:5]))}, none of "
-                "which is known to hold weights; save model.state_dict() alone"
+                f"{path} holds a dictionary of {', '.join(map(str, list(content)[:5]))}, and none "
+                "of these is a known key for weights; save only model.state_dict()"
             )
         content = content[key]
     if not isinstance(content, Mapping):
         raise InputError(
-            f"{path} holds a {type(content).__name__}; give a state dict, an exported program, "
-            "or a module"
+            f"{path} holds a {type(content).__name__}; it must hold a state dict, an exported "
+            "program or a module"
         )
     state = dict(content)
     for prefix in PREFIXES:
@@ -44,7 +44,7 @@ def _is_state(content: Mapping[Any, Any]) -> bool:
 
 
 def fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) -> None:
-    """Load the weights into the model; ``InputError`` names what does not fit."""
+    """Load the weights into the model; raises ``InputError`` that names what does not fit."""
     expected = model.state_dict()
     missing = [name for name in expected if name not in state and not name.endswith(COUNTERS)]
     unexpected = [name for name in state if name not in expected]
@@ -56,9 +56,9 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) ->
     problems = [
         _listed(kind, names)
         for kind, names in [
-            ("of another shape", clashing),
+            ("with another shape", clashing),
             ("missing from the file", missing),
-            ("unknown to the model", unexpected),
+            ("not in the model", unexpected),
         ]
         if names
     ]

@@ -1,1 +1,1 @@
-"""Programs as ONNX."""
+"""ONNX export, and measurements in ONNX Runtime."""

@@ -1,9 +1,10 @@
 """Latency in ONNX Runtime, of several models in one interleaved run.
 
-Machines drift: clocks, neighbours, caches. Models that take turns drift together, and the ratio of
-neighbouring runs is what can be trusted. On one thread the processor's time is what counts: on an
-idle machine it is the time that passes, on a busy one it leaves out when others had the processor.
-Where its clock has stood still, as it may on a virtual machine, the time that passed is taken.
+The speed of a machine drifts with its clock, its caches and its other processes. Models that run in
+turns drift together, so the ratio of neighbouring runs is reliable. With one thread, processor time
+is measured: on an idle machine it equals the elapsed time; on a busy one it excludes the time of
+other processes. If the processor's clock has stood still, as it may on a virtual machine, elapsed
+time is used.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Latency:
-    """Times of one model, in milliseconds per run.
+    """Latency of one model, in milliseconds per run.
 
     Attributes:
         median_ms: the median.
         p10_ms: the tenth percentile.
         p90_ms: the ninetieth percentile.
-        runs: how many were timed.
-        speedup: the median ratio of the first model's time to this one's, run by run.
-        speedup_p10: its tenth percentile.
-        speedup_p90: its ninetieth percentile.
+        runs: number of timed runs.
+        speedup: the median, over runs, of the first model's time divided by this one's.
+        speedup_p10: the tenth percentile of this ratio.
+        speedup_p90: the ninetieth percentile of this ratio.
 
     """
 
@@ -63,19 +64,19 @@ def compare(
     seconds: float = 2.0,
     minimum: int = 20,
 ) -> dict[str, Latency]:
-    """Time models in turns, A B A B ..., on random inputs of their own shapes.
+    """Time models in turns, A B A B ..., on random inputs of their input shapes.
 
     Args:
-        models: ONNX files by name; speed-ups are over the first.
+        models: ONNX files by name; speed-ups compare with the first.
         batch: size of dynamic dimensions.
         threads: intra-operator threads of ONNX Runtime.
-        seconds: how long to go on, warm-up aside.
-        minimum: rounds that are run however long they take.
+        seconds: duration of the measurement, without warm-up.
+        minimum: smallest number of rounds, whatever their duration.
 
     """
     sessions = {name: open_session(path, threads) for name, path in models.items()}
     inputs = {name: random_inputs(session, batch) for name, session in sessions.items()}
-    for name, session in sessions.items():  # warm-up: allocations and code paths
+    for name, session in sessions.items():  # warm-up: memory allocation and code paths
         for _ in range(3):
             session.run(None, inputs[name])
     times: dict[str, list[float]] = {name: [] for name in sessions}
@@ -104,19 +105,19 @@ def _summary(times: Any, first: Any) -> Latency:
 def open_session(
     model: bytes | str | Path, threads: int, *, profile_to: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    """Open a model, a file or its bytes, as its latency is measured.
+    """Open a model with the settings of a latency measurement.
 
     Args:
-        model: an ONNX file, or what one holds.
-        threads: of one operator.
-        profile_to: begin a profile, in a file whose name starts like this.
+        model: an ONNX file, or its content.
+        threads: intra-operator threads.
+        profile_to: start a profile; the name of its file starts with this path.
 
     Raises:
         InputError: there is no such file, or ONNX Runtime cannot load it.
 
     """
     if not isinstance(model, bytes) and not Path(model).is_file():
-        raise InputError(f"there is no file {model}; name an ONNX model")
+        raise InputError(f"there is no file {model}; give the path of an ONNX model")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -131,20 +132,22 @@ def open_session(
     except Exception as error:  # the runtime's errors have no common base
         what = "a model" if isinstance(model, bytes) else str(model)
         raise InputError(
-            f"ONNX Runtime cannot load {what}: {str(error).splitlines()[0]}; is it a whole ONNX "
-            "model?"
+            f"ONNX Runtime cannot load {what}: {str(error).splitlines()[0]}; check that it is a "
+            "complete ONNX model"
         ) from error
 
 
 def random_inputs(session: onnxruntime.InferenceSession, batch: int) -> dict[str, Any]:
-    """Make inputs of a session's shapes; dynamic sizes become ``batch``, numbers are seeded."""
+    """Return seeded random inputs for a session; dynamic sizes become ``batch``."""
     random = np.random.default_rng(0)
     made: dict[str, Any] = {}
     for item in session.get_inputs():
         shape = [size if isinstance(size, int) else batch for size in item.shape]
         dtype = DTYPES.get(item.type)
         if dtype is None:
-            raise InputError(f"input {item.name} is of type {item.type}, which cannot be made up")
+            raise InputError(
+                f"input {item.name} has the type {item.type}, for which there are no random inputs"
+            )
         if np.issubdtype(dtype, np.floating):
             made[item.name] = random.standard_normal(shape).astype(dtype)
         else:

@@ -1,4 +1,4 @@
-"""Programs to ONNX, checked against PyTorch in ONNX Runtime."""
+"""Export programs to ONNX, and compare ONNX Runtime with PyTorch."""
 
 from __future__ import annotations
 
@@ -44,12 +44,13 @@ ONE_FILE_LIMIT = 2**31 - 2**24  # protobuf holds less than 2 GiB; some room for 
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """What was written, and how near ONNX Runtime comes to PyTorch.
+    """Size of an exported file, and the difference between ONNX Runtime and PyTorch.
 
     Attributes:
-        parity: the largest difference between outputs over the largest output; None if unchecked.
-        onnx_bytes: size of the file, external weights included.
-        limit: the largest difference that passes.
+        parity: the largest difference between outputs, relative to the largest output; None if
+            not checked.
+        onnx_bytes: size of the file, with external weights.
+        limit: the largest difference allowed.
         note: why the limit is larger than ``parity_limit``, if it is.
 
     """
@@ -61,16 +62,16 @@ class ExportCheck:
 
 
 def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> ExportCheck:
-    """Write a program as ONNX; the file appears whole, and only if it is right.
+    """Write a program as ONNX; the file appears only when it is complete and checked.
 
-    The batch dimension is dynamic where the program's is. Weights are in the file itself unless
-    they exceed 2 GB.
+    The batch dimension is dynamic if the program's is. Weights are in the file itself unless they
+    exceed 2 GiB.
 
     Args:
-        program: what to write; it is not changed.
-        path: the file.
-        check: run it in ONNX Runtime on the example inputs and, where the batch is dynamic, on
-            another batch size.
+        program: the program to write; it does not change.
+        path: path of the ONNX file.
+        check: compare ONNX Runtime with PyTorch on the example inputs and, if the batch is
+            dynamic, on another batch size.
 
     Raises:
         PostconditionError: ONNX Runtime's outputs differ by more than ``parity_limit``, and by
@@ -84,43 +85,43 @@ def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> Ex
     _spell_averages(ready)
     shield_floats(ready)
     ready.refresh()
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with _quiet():
-            _write(ready, aside)
-        parity = _parity(ready, aside) if check else None
+            _write(ready, staging)
+        parity = _parity(ready, staging) if check else None
         limit, note = parity_limit(ready), None
         if parity is not None and not parity <= limit:
-            limit, note = _widened_limit(ready, aside, limit)
+            limit, note = _widened_limit(ready, staging, limit)
         if parity is not None and not parity <= limit:
             raise PostconditionError(
                 f"ONNX Runtime's output differs from PyTorch's by {parity:.2e} of the largest "
-                f"value (limit {limit:g}); {path} was not written; please report it with "
-                "the model"
+                f"value (limit {limit:g}), so {path} was not written; this is a bug: please report "
+                "it with the model"
             )
-        size = sum(part.stat().st_size for part in path.parent.glob(f"{aside.name}*"))
-        for part in sorted(path.parent.glob(f"{aside.name}*")):
-            part.replace(path.with_name(part.name.replace(aside.name, path.name)))
+        size = sum(part.stat().st_size for part in path.parent.glob(f"{staging.name}*"))
+        for part in sorted(path.parent.glob(f"{staging.name}*")):
+            part.replace(path.with_name(part.name.replace(staging.name, path.name)))
     finally:
-        for part in path.parent.glob(f"{aside.name}*"):
+        for part in path.parent.glob(f"{staging.name}*"):
             part.unlink()
     return ExportCheck(parity, size, limit, note)
 
 
 def parity_limit(program: Program) -> float:
-    """Return the largest difference from ONNX Runtime that passes, of the largest output.
+    """Return the largest difference from ONNX Runtime allowed, relative to the largest output.
 
-    Rounding to codes turns the last bit of a sum into a whole step now and then, and later layers
-    carry it on; predictions tell more there.
+    In INT8, rounding sometimes turns a difference in the last bit of a sum into a whole step, and
+    later layers propagate it; so the limit is wider, and predictions are compared as well.
     """
     return QUANTIZED_PARITY_LIMIT if is_quantized(program) else PARITY_LIMIT
 
 
 def _widened_limit(program: Program, path: Path, limit: float) -> tuple[float, str | None]:
-    """Return the limit for a program whose own outputs are less certain than that, and why.
+    """Return a wider limit if the program's outputs are numerically less certain, and the reason.
 
-    Where a last bit changes an 8-bit value by a whole step, or large values cancel, ONNX Runtime
-    also differs from itself without fused operators, and FP32 from double precision.
+    If a last bit changes an 8-bit value by a whole step, or large values cancel, ONNX Runtime also
+    differs from itself without fused operators, and FP32 differs from double precision.
     """
     plain, fused = _session(path, fused=False), _session(path)
     batches = program.example_inputs, _doubled(program)[0]
@@ -140,7 +141,7 @@ def _widened_limit(program: Program, path: Path, limit: float) -> tuple[float, s
 
 
 def _run(program: Program, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors that a program returns."""
+    """Return the tensors that a program returns."""
     with torch.no_grad():
         return [t for t in pytree.tree_leaves(program(*inputs)) if isinstance(t, Tensor)]
 
@@ -166,7 +167,7 @@ def _write(program: Program, path: Path) -> None:
 
 
 def _doubled(program: Program) -> tuple[tuple[Any, ...], Any]:
-    """Example inputs with at least two of every dynamic size, and which sizes are dynamic."""
+    """Example inputs with every dynamic size at least 2, and which sizes are dynamic."""
     leaves, spec = pytree.tree_flatten(program.example_inputs)
     dims = iter(program.dynamic)
     inputs: list[Any] = []
@@ -209,7 +210,7 @@ def _apart(expected: Sequence[Any], found: Sequence[Any]) -> float:
 
 
 def feeds(session: onnxruntime.InferenceSession, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """Name a program's inputs as an ONNX Runtime session does."""
+    """Return a program's inputs under the input names of an ONNX Runtime session."""
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     names = [item.name for item in session.get_inputs()]
     return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=False)}
@@ -223,7 +224,7 @@ def initialiser_elements(path: str | Path) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress lines and its notes on its own internals off the screen."""
+    """Hide the exporter's progress lines and its warnings about its own internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -238,7 +239,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _spell_averages(program: Program) -> None:
-    """Write averages over all places as such: the exporter gathers and reshapes around them."""
+    """Replace 1 x 1 adaptive pooling by a global average; the exporter adds gathers otherwise."""
     for node in list(program.graph.nodes):
         if node.target is aten.adaptive_avg_pool2d.default and list(node.args[1]) == [1, 1]:
             replace_node(program, node, insert_call(program, node, GLOBAL_AVERAGE, node.args[:1]))

@@ -1,4 +1,4 @@
-"""A model's profile in ONNX Runtime: the time of every node."""
+"""Profile a model in ONNX Runtime: the time of every node."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Profiled:
-    """What a profile tells of one node: its operator, and the microseconds of every run."""
+    """The profile of one node: its operator, and the microseconds of every run."""
 
     operator: str
     times: tuple[float, ...]
 
     @property
     def us(self) -> float:
-        """The mean of the faster half: others' work only ever adds to times."""
+        """The mean of the faster half: other processes only ever add to the times."""
         return float(np.mean(sorted(self.times)[: (len(self.times) + 1) // 2]))
 
 
 def profile(
     model: bytes | str | Path, threads: int, runs: int, scratch: Path
 ) -> Mapping[str, Profiled]:
-    """Run a model some times in ONNX Runtime and return the times of its nodes, by name."""
+    """Run a model ``runs`` times in ONNX Runtime; return the times of its nodes, by name."""
     session = open_session(model, threads, profile_to=scratch / "profile")
     feeds = random_inputs(session, 1)
     for _ in range(WARM_UP + runs):
@@ -42,7 +42,7 @@ def profile(
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith(suffix):
             name = event["name"].removesuffix(suffix)
-            # The profile cuts fractions off; half a microsecond is their mean.
+            # The profile drops fractions of a microsecond; their mean is one half.
             times.setdefault(name, []).append(float(event["dur"]) + 0.5)
             operators[name] = event["args"]["op_name"]
     return {

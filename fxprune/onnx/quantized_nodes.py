@@ -1,4 +1,4 @@
-"""Operators of ours in ONNX, and what ONNX Runtime's optimiser made of quantised nodes."""
+"""Our custom operators in ONNX, and which quantised nodes ONNX Runtime fuses to INT8."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fxprune.graph.surgery import insert_call
 
 aten = torch.ops.aten
 
-# Operators that fuse, where the optimiser leaves them between codes and codes.
+# Operators that ONNX Runtime can fuse; between INT8 values an unfused one computes in FP32.
 FUSIBLE = frozenset({"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add"})
 CODES = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 @torch.library.custom_op("fxprune::global_average", mutates_args=())
 def global_average(x: Tensor) -> Tensor:
-    """Average over all places, which stay as dimensions of size 1."""
+    """Average over all positions, which stay as dimensions of size 1."""
     return x.mean(tuple(range(2, x.dim())), keepdim=True)
 
 
@@ -39,7 +39,7 @@ def _(x: Tensor) -> Tensor:
 
 
 def _quantize(x: Any, scale: Any, zero_point: Any, axis: int) -> Any:
-    if axis == -1:  # one scale in all
+    if axis == -1:  # one scale for all values
         return op.QuantizeLinear(x, scale, zero_point)
     return op.QuantizeLinear(x, scale, zero_point, axis=axis)
 
@@ -63,16 +63,16 @@ TRANSLATIONS: Mapping[Any, Callable[..., Any]] = {
 
 
 def is_quantized(program: Program) -> bool:
-    """Whether a program computes with codes."""
+    """Whether a program computes in INT8."""
     return any(node.target in (QUANTIZE, DEQUANTIZE) for node in program.graph.nodes)
 
 
 def shield_floats(program: Program) -> None:
-    """Keep ONNX Runtime from quantising layers that are to stay in floating point.
+    """Keep ONNX Runtime from quantising layers that must stay in FP32.
 
-    Where codes come in and go out, its optimiser (WeightBiasQuantization) rounds floating-point
-    weights to 8 bits with one scale in all, unasked. A clamp to the range of the codes changes
-    nothing and stands between.
+    Between INT8 inputs and outputs, its optimiser (WeightBiasQuantization) also rounds FP32 weights
+    to 8 bits with one scale per tensor. A clamp to the range of the INT8 values prevents this and
+    changes no value.
     """
     for node in list(program.graph.nodes):
         x, weight = (*node.args, None, None)[:2]
@@ -90,12 +90,12 @@ def shield_floats(program: Program) -> None:
 
 @dataclass(frozen=True)
 class Fusion:
-    """What became of quantised nodes.
+    """Which quantised nodes compute in INT8.
 
     Attributes:
-        fused: how many nodes of each operator compute on codes.
-        unfused: nodes that compute on floating-point numbers between codes, named by their
-            weight or their own name.
+        fused: for each operator, the number of nodes that compute in INT8.
+        unfused: nodes between INT8 values that compute in FP32, named by their weight or their
+            own name.
 
     """
 
@@ -104,7 +104,7 @@ class Fusion:
 
 
 def inspect_fusion(path: str | Path) -> Fusion:
-    """Optimise an ONNX file as ONNX Runtime does and look at the nodes that are left."""
+    """Optimise an ONNX file with ONNX Runtime and inspect the remaining nodes."""
     with tempfile.TemporaryDirectory(prefix="fxprune-") as folder:
         optimised = Path(folder) / "optimised.onnx"
         options = onnxruntime.SessionOptions()
@@ -129,7 +129,7 @@ def _computes_on_codes(operator: str) -> bool:
 
 
 def _reads_codes(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> bool:
-    """Whether a node was meant to be quantised: its weight, or all it reads, comes from codes."""
+    """Whether a node was meant to run in INT8: its weight, or all its inputs, are dequantised."""
     sources = [makers[name] for name in node.input if name in makers]
     codes = [source for source in sources if source.op_type == "DequantizeLinear"]
     if node.op_type == "Add":

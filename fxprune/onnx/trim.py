@@ -1,4 +1,4 @@
-"""What an ONNX file need not say: notes, inferred types, attributes that are the default."""
+"""Remove redundant parts of an ONNX file: metadata, inferred types, default attributes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ ONES = {"Conv": ("strides", "dilations"), "ConvTranspose": ("strides", "dilation
 
 
 def trim(model: Any) -> None:
-    """Leave out what every reader of an ``onnx_ir.Model`` fills in by itself, in place.
+    """Remove, in place, what every reader of an ``onnx_ir.Model`` can infer.
 
-    The notes of the exporter tell every tensor by name again, and the types of all values between
-    nodes follow from those of inputs and weights: beside 8-bit weights that is a tenth of a file.
+    The exporter's metadata repeats the name of every tensor, and the types of values between nodes
+    follow from those of inputs and weights. In a file with 8-bit weights this is a tenth of the
+    size.
     """
     graph = model.graph
     graph.metadata_props.clear()
@@ -36,7 +37,7 @@ def trim(model: Any) -> None:
 
 
 def _defaults(node: Any, version: int | None) -> Iterator[str]:
-    """Name the attributes of a node that say what would hold without them."""
+    """Yield the names of a node's attributes that have their default value."""
     if version is None or not onnx.defs.has(node.op_type, version, node.domain):
         return
     formal = onnx.defs.get_schema(node.op_type, version, node.domain).attributes
