@@ -121,7 +121,7 @@ def table(out: Path) -> Iterator[str]:
     """Yield the lines of a Markdown table."""
     times = out / "latency.json"
     ms = json.loads(times.read_text()) if times.exists() else {}
-    yield "| way and width that stays | MACs left | as cut | reconstructed | ms |"
+    yield "| method and remaining width | remaining MACs | before recovery | reconstructed | ms |"
     yield "|---|---|---|---|---|"
     names = ["dense", *(f"{way} {name}" for name in RANKS for way in ("implant", "removal"))]
     for name in names:

@@ -123,7 +123,7 @@ def table(out: Path) -> Iterator[str]:
         dense = folder / "dense.json"
         shown = f"{100 * json.loads(dense.read_text()):.1f} %" if dense.exists() else "-"
         yield f"\n{folder.name}: dense {shown}\n"
-        yield "| MACs left | way | as cut | recalibrated | reconstructed | ms |"
+        yield "| remaining MACs | method | before recovery | recalibrated | reconstructed | ms |"
         yield "|---|---|---|---|---|---|"
         for target in TARGETS:
             times = folder / f"latency-{target}.json"
