@@ -241,5 +241,5 @@ def test_bench_times_files(folder: Path) -> None:
     missing = call("bench", "b.onnx")
     assert (missing.exit_code, missing.stderr) == (
         2,
-        "fxprune: there is no file b.onnx; name an ONNX model\n",
+        "fxprune: there is no file b.onnx; give the path of an ONNX model\n",
     )

@@ -86,7 +86,7 @@ def test_a_tuple_of_inputs_stays_one_sample() -> None:
 def test_roles_default_to_each_other() -> None:
     data = as_data({"calibration": Squares(), "eval": Squares()})
     assert data.train is data.calibration
-    assert "calibration samples serve" in data.notes[0]
+    assert "training uses the calibration samples" in data.notes[0]
     assert as_data({"calibration": Squares(), "train": None, "eval": None}).train is None
     assert as_data({"train": Squares(), "eval": None}).eval is None
     assert dict(data.roles()).keys() == {"calibration", "train", "eval"}
@@ -115,7 +115,7 @@ class Stream(IterableDataset[Any]):
     ("source", "message"),
     [
         ({"test": [1]}, "unknown keys test"),
-        ({"eval": [1]}, "nothing to calibrate on"),
+        ({"eval": [1]}, "no samples for calibration"),
         ({"train": []}, "train has no samples"),
         (Stream(), "map-style"),
         (3, "map-style"),

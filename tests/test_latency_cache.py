@@ -39,13 +39,13 @@ def test_says_that_a_file_is_damaged_and_does_without(tmp_path: Path, text: str)
     assert load(path)[1] is None
 
 
-def test_measures_anew_where_the_format_is_another(tmp_path: Path) -> None:
+def test_measures_again_if_the_format_is_old(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"format": 0, "times": {}}))
     times, note = load(path)
     assert times == {}
     assert note is not None
-    assert "another format" in note
+    assert "old format" in note
 
 
 def test_goes_on_where_nothing_can_be_kept(tmp_path: Path) -> None:
