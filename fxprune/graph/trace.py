@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
 from fxprune.graph.canonical import canonicalise
+from fxprune.graph.capture_check import check_capture, other_batch
 from fxprune.graph.capture_patches import captured_as_called
 from fxprune.graph.program import Program
 
@@ -29,6 +30,7 @@ def trace(
     example_inputs: tuple[Any, ...],
     *,
     dynamic: Mapping[int, frozenset[int]] | None = None,
+    check: bool = True,
 ) -> Program:
     """Capture a model as a program; the model itself is left as it was.
 
@@ -40,9 +42,12 @@ def trace(
         example_inputs: positional inputs; a batch of one is enough.
         dynamic: per flattened tensor input (by number), the dimensions that may vary. By default
             dimension 0 of every input, if they all agree on its size and the model permits.
+        check: run the model and the program on the example inputs, twice and, where sizes are
+            dynamic, on inputs of twice the size, and compare them.
 
     Raises:
-        TraceError: ``torch.export`` cannot capture the model; the message carries its reason.
+        TraceError: ``torch.export`` cannot capture the model, and the message carries its reason;
+            or the program computes something else, and the message names the module.
 
     """
     if not isinstance(example_inputs, tuple):
@@ -53,12 +58,23 @@ def trace(
     wanted = _batch_dimensions(example_inputs) if dynamic is None else dict(dynamic)
     with _evaluation(model), captured_as_called(model), torch.no_grad():
         exported = _export(model, example_inputs, wanted)
-    return from_exported(exported, example_inputs)
+    program = from_exported(exported, example_inputs)
+    if check:
+        other = other_batch(program, example_inputs)
+        calls = [example_inputs, example_inputs, *([] if other is None else [other])]
+        check_capture(model, program, calls)
+    return program
 
 
 def from_exported(exported: ExportedProgram, example_inputs: tuple[Any, ...]) -> Program:
     """Make a program of what ``torch.export`` captured; its tensors are copied."""
-    module = exported.module()
+    try:
+        module = exported.module()
+    except KeyError as error:  # a parameter named like an attribute of GraphModule
+        reason = str(error.args[0])
+        raise TraceError(
+            f"the captured model cannot be made a module: {reason}; rename that parameter or buffer"
+        ) from error
     graph_module = copy.deepcopy(fx.GraphModule(module, module.graph, "Program"))
     program = Program(graph_module, example_inputs, _dynamic_dimensions(exported))
     canonicalise(program)
