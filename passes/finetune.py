@@ -68,6 +68,7 @@ class Finetune(Pass):
 
     name: ClassVar[str] = "finetune"
     keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS})
+    repeats: ClassVar[str | None] = "training goes on from the trained weights"
 
     def run(self, program: Program, context: Context) -> Outcome:
         """Train; changes counts the parameters that took part."""

@@ -82,6 +82,7 @@ class ImplantAttention(Pass):
 
     name: ClassVar[str] = "implant-attention"
     keeps: ClassVar[Facts] = frozenset({REMOVED})
+    repeats: ClassVar[str | None] = "a rank is a fraction of the width that a head has by then"
 
     def __post_init__(self) -> None:
         if self.rank is not None and not 0 < self.rank <= 1:

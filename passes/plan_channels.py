@@ -19,6 +19,7 @@ met are errors that say why; so are name patterns that match nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, get_args
 
@@ -30,7 +31,7 @@ from fxprune.graph.facts import PLAN, SENSITIVITY, Plan, Sensitivity
 from fxprune.graph.program import Program
 from fxprune.implants.planning import implant_share, plan_tiers
 from fxprune.latency.bench import Bench
-from fxprune.latency.plan import bench_for, solve_and_try
+from fxprune.latency.plan import latency_bench, solve_and_try
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass
 from fxprune.planning.budget import Name, Target
@@ -39,6 +40,7 @@ from fxprune.planning.cost_model import cost_model
 from fxprune.planning.problem import Problem
 from fxprune.planning.ranking import Normalize, cheapest_first, losses
 from fxprune.planning.selection import candidates, shares
+from fxprune.planning.solver import solve
 from fxprune.planning.widths import DEPTHWISE_FLOOR, Rounding, widths
 from fxprune.structure.groups import Group, find_groups
 from fxprune.structure.merging import Ints
@@ -123,23 +125,28 @@ class PlanChannels(Pass):
             raise BudgetError(f"nothing may be removed, so no budget can be met: {why}")
         orders = [cheapest_first(sensitivity, group) for group in groups]
 
-        def doomed(removed: Ints) -> dict[Group, list[int]]:
+        def to_remove(removed: Ints) -> dict[Group, list[int]]:
             counts = zip(groups, orders, removed.tolist(), strict=True)
             return {group: sorted(order[:n].tolist()) for group, order, n in counts if n}
 
         def cut(removed: Ints) -> Program:
             small = program.copy().to("cpu").eval()
-            remove_units(small, doomed(removed))
+            remove_units(small, to_remove(removed))
             return small
 
         timed = None
-        with bench_for(self.targets, program, context) as bench:
+        by_latency = any(target.name == "latency" for target in self.targets)
+        with latency_bench(program, context) if by_latency else nullcontext() as bench:
             problem = self._problem(program, context, groups, sensitivity, bench)
             if self.implant_ratio:
                 plan, found = plan_tiers(program, context, groups, problem, sensitivity, self)
             else:
-                found, timed = solve_and_try(problem, bench, cut, self.corrections)
-                plan = Plan({g.name: tuple(units) for g, units in doomed(found.removed).items()})
+                if bench is None:
+                    found = solve(problem)
+                else:
+                    found, timed = solve_and_try(problem, bench, cut, self.corrections)
+                remove = to_remove(found.removed)
+                plan = Plan({group.name: tuple(units) for group, units in remove.items()})
         predicted = dict(zip(problem.costs.quantities, found.values.tolist(), strict=True))
         plan = replace(plan, notes=found.notes, predicted=predicted)
         program.put(PLAN, replace(plan, attention=sensitivity.attention))

@@ -47,6 +47,7 @@ class RecalibrateNorms(Pass):
 
     name: ClassVar[str] = "recalibrate-norms"
     keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS, PLAN})
+    repeats: ClassVar[str | None] = "the statistics are measured and stored again"
 
     def for_trials(self) -> RecalibrateNorms:
         """Use few samples."""

@@ -103,6 +103,7 @@ class Reconstruct(Pass):
 
     name: ClassVar[str] = "reconstruct"
     keeps: ClassVar[Facts] = frozenset({REMOVED, MASKS, PLAN})
+    repeats: ClassVar[str | None] = "the weights are solved for again, from where they are"
 
     def __post_init__(self) -> None:
         if isinstance(self.lookahead, str) and self.lookahead != "auto":

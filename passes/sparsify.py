@@ -36,6 +36,7 @@ from fxprune.pipeline.patterns import select_any, tensor_names
 from fxprune.reconstruction.masks import (
     blocked,
     blocks_of,
+    follows,
     input_axis,
     read_masks,
     smallest,
@@ -91,6 +92,18 @@ class Sparsify(Pass):
         gone = total - sum(int(keep.sum()) for keep in masks.values())
         details = {"masked": gone, "of": total, "sparsity": round(gone / max(total, 1), 4)}
         return Outcome(changes, tuple(skips), details)
+
+    def ensures(
+        self, program: Program, context: Context, outcome: Outcome
+    ) -> Iterator[tuple[str, bool]]:
+        """Every layer that was not declined keeps at most N of M weights."""
+        masks, declined = program.get(MASKS).keep, {skip.node for skip in outcome.skips}
+        if (blocks := blocks_of(self.pattern)) is None:
+            return
+        for layer in layers(program):
+            if layer.node.name not in declined:
+                holds = follows(masks[layer.weight], input_axis(layer), *blocks)
+                yield f"{layer.weight} has the pattern {self.pattern}", holds
 
     def _check(self) -> None:
         if blocks_of(self.pattern) is None and self.pattern not in PATTERNS:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from support import initializer_elements
 from torch import Tensor, nn
 
 import fxprune
 from fxprune.errors import InputError
-from fxprune.onnx.export import initialiser_elements
 from fxprune.passes import FoldBatchNorm, PlanChannels, RecalibrateNorms
 from fxprune.pipeline.contract import Outcome
 from fxprune.pipeline.progress import Tracker
@@ -78,7 +78,7 @@ def test_the_result_is_smaller_in_its_shapes(run: tuple[Result, Path]) -> None:
     assert report["after"]["macs"] <= 0.505 * report["before"]["macs"]
     assert report["target"] == "macs=50%"
     assert report["target_met"] is True
-    assert initialiser_elements(out / "model.onnx") < report["before"]["params"]
+    assert initializer_elements(out / "model.onnx") < report["before"]["params"]
     assert report["after"]["onnx_bytes"] == (out / "model.onnx").stat().st_size
     for figures in (report["before"], report["after"]):
         assert all(value is not None for value in figures.values())

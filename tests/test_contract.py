@@ -6,21 +6,37 @@ import inspect
 import pickle
 import re
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-from support import randomise_norms, trace
+from support import check, randomise_norms, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune import passes
+from fxprune.data.batches import batches
 from fxprune.data.datasets import Arrays
 from fxprune.data.roles import Data
 from fxprune.errors import PreconditionError
 from fxprune.graph.program import Program
-from fxprune.graph.text import graph_text
+from fxprune.passes import (
+    AnnotateSensitivity,
+    ConvertQuantized,
+    Finetune,
+    FoldBatchNorm,
+    ImplantAttention,
+    ImplantLowRank,
+    InsertObservers,
+    PlanChannels,
+    RecalibrateNorms,
+    Reconstruct,
+    RemoveBlocks,
+    RemoveChannels,
+    Sparsify,
+    TrainQuantized,
+)
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.driver import Pipeline
@@ -88,6 +104,10 @@ def stock(name: str) -> tuple[Program, Context]:
     return program, Context(Data(samples, samples, samples), dense=program.copy())
 
 
+def inputs(context: Context) -> tuple[Any, ...]:
+    return next(batches(context.samples.calibration, 2)).inputs
+
+
 def before(step: type[Pass]) -> list[Pass]:
     """The passes that give what this one needs, in order."""
     found: list[Pass] = []
@@ -133,26 +153,81 @@ def test_says_what_it_reads(step: type[Pass]) -> None:
         quick(step)(program, context)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@every_pass
-def test_runs_and_is_then_idle(step: type[Pass], model: str) -> None:
-    program, context = stock(model)
-    for earlier in before(step):
+ANNOTATE, PLAN = quick(AnnotateSensitivity), PlanChannels(**QUICK["plan-channels"])
+CUT = (ANNOTATE, PLAN, RemoveChannels())
+OBSERVE = InsertObservers(measure=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pass on a model where it acts; ``same`` promises the same function afterwards."""
+
+    step: Pass
+    model: str
+    earlier: tuple[Pass, ...] = ()
+    same: bool = False
+
+
+CASES = [
+    Case(RemoveBlocks(macs="90%"), "residual"),
+    Case(RemoveBlocks(macs="80%"), "attention"),
+    *(Case(ANNOTATE, model, same=True) for model in MODELS),
+    *(Case(PLAN, model, (ANNOTATE,), same=True) for model in MODELS),
+    *(Case(RemoveChannels(), model, CUT[:2]) for model in MODELS),
+    *(
+        Case(
+            ImplantLowRank(),
+            model,
+            (ANNOTATE, replace(PLAN, implant_ratio=0.5, round_to=4), RemoveChannels()),
+        )
+        for model in ("residual", "plain")
+    ),
+    Case(ImplantAttention(rank=0.5, round_to=1), "attention"),
+    *(Case(Sparsify(), model) for model in MODELS),
+    *(Case(RecalibrateNorms(), model) for model in ("residual", "plain")),
+    *(Case(Reconstruct(), model, CUT) for model in MODELS),
+    *(Case(quick(Finetune), model) for model in MODELS),
+    *(Case(FoldBatchNorm(), model, same=True) for model in ("residual", "plain")),
+    *(Case(OBSERVE, model, (FoldBatchNorm(),), same=True) for model in MODELS),
+    *(Case(TrainQuantized(), model, (FoldBatchNorm(), OBSERVE)) for model in MODELS),
+    *(
+        Case(ConvertQuantized(), model, (FoldBatchNorm(), OBSERVE, TrainQuantized()))
+        for model in MODELS
+    ),
+]
+
+
+def test_every_pass_has_a_case() -> None:
+    assert {type(case.step) for case in CASES} == set(passes.ALL)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.step.name}-{case.model}" for case in CASES])
+def test_acts_and_is_then_idle(case: Case) -> None:
+    step = case.step
+    program, context = stock(case.model)
+    for earlier in case.earlier:
         earlier(program, context)
-    kept = {name: program.facts[name] for name in program.facts}
-    text = graph_text(program)
-    outcome = quick(step)(program, context)
+    facts = dict(program.facts)
+    outcome = check(step, program, inputs(context), same_function=case.same, context=context)
     program.verify()
-    assert all(fact.name in program.facts for fact in step.gives) or not outcome.changes
+    assert (outcome.changes > 0) == step.acts
+    assert all(fact.name in program.facts for fact in step.gives)
     assert all(skip.node and skip.reason for skip in outcome.skips)
-    moved = graph_text(program)
-    if moved != text:
-        assert outcome.changes > 0
-        assert step.acts
-    if moved != text and step.needs <= step.keeps | step.gives:
-        assert quick(step)(program, context).changes == 0
-        assert graph_text(program) == moved
-    survivors = {fact.name for fact in step.keeps | step.gives}
-    gone = {name for name in kept if name not in program.facts}
-    assert bool(gone) <= bool(outcome.changes)
-    assert gone.isdisjoint(survivors)
+    gone = {name for name in facts if name not in program.facts}
+    assert gone.isdisjoint(fact.name for fact in step.keeps | step.gives)
+    assert not gone or step.acts
+
+
+@pytest.mark.parametrize(
+    ("step", "model"),
+    [
+        (RemoveBlocks(macs="100%"), "residual"),
+        (ImplantAttention(rank=0.5), "residual"),
+        (RecalibrateNorms(), "attention"),
+        (FoldBatchNorm(), "attention"),
+        (Finetune(epochs=0), "plain"),
+    ],
+)
+def test_is_idle_where_there_is_nothing_to_do(step: Pass, model: str) -> None:
+    program, context = stock(model)
+    assert check(step, program, inputs(context), context=context).changes == 0

@@ -9,7 +9,7 @@ import torch
 from google.protobuf.message import EncodeError
 from hypothesis import given, settings
 from strategies import Design, Network, designs
-from support import trace
+from support import initializer_elements, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ import fxprune.onnx.export
 from fxprune.errors import InputError, PostconditionError
 from fxprune.graph.program import Program
 from fxprune.onnx.benchmark import compare
-from fxprune.onnx.export import export_onnx, initialiser_elements
+from fxprune.onnx.export import export_onnx
 from fxprune.structure.verify import sample_units
 
 
@@ -75,7 +75,7 @@ def test_initialisers_shrink_and_the_batch_stays_dynamic(tmp_path: Path) -> None
     export_onnx(program, tmp_path / "dense.onnx")
     fxprune.remove_units(program, sample_units(fxprune.find_groups(program), 0.5))
     export_onnx(program, tmp_path / "small.onnx")
-    dense, small = (initialiser_elements(tmp_path / f"{name}.onnx") for name in ("dense", "small"))
+    dense, small = (initializer_elements(tmp_path / f"{name}.onnx") for name in ("dense", "small"))
     assert small < 0.55 * dense
     batch = onnx.load(tmp_path / "small.onnx").graph.input[0].type.tensor_type.shape.dim[0]
     assert batch.dim_param

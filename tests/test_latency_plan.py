@@ -17,12 +17,12 @@ from fxprune.graph.program import Program
 from fxprune.latency.bench import LAYERS, Bench, calibrate
 from fxprune.latency.cache import Host
 from fxprune.latency.model import Calibration
-from fxprune.latency.plan import MEASURED_TOLERANCE, bench_for, solve_and_try
+from fxprune.latency.plan import MEASURED_TOLERANCE, solve_and_try
 from fxprune.latency.table import Table
 from fxprune.onnx.profile import Profiled
 from fxprune.passes import AnnotateSensitivity, PlanChannels, RemoveChannels
 from fxprune.pipeline.context import Context
-from fxprune.planning.budget import Quantity, Target
+from fxprune.planning.budget import Quantity
 from fxprune.planning.cost_evaluator import Floats
 from fxprune.planning.problem import Problem
 from fxprune.structure.groups import find_groups
@@ -105,7 +105,6 @@ def cut(removed: Ints) -> Any:
 def test_a_plan_that_misses_is_corrected(slower: float) -> None:
     used = bench(slower)
     found, told = solve_and_try(problem(0.6), used, cut, corrections=2)
-    assert told is not None
     assert used.measured[-1] == told["measured_ms"] == pytest.approx(0.6, rel=MEASURED_TOLERANCE)
     assert len(used.measured) == told["plans"] == (1 if slower == 1.0 else 2)
     assert (
@@ -120,7 +119,6 @@ def test_without_corrections_nothing_is_measured() -> None:
     used = bench(1.5)
     found, told = solve_and_try(problem(0.6), used, cut, corrections=0)
     assert used.measured == []
-    assert told is not None
     assert told["measured_ms"] is None
     assert found.values[-1] == pytest.approx(0.6, rel=0.02)
 
@@ -130,12 +128,6 @@ def test_a_plan_that_still_misses_is_told() -> None:
     object.__setattr__(worse, "measure", lambda _: 0.9)
     found, _ = solve_and_try(problem(0.6), worse, cut, corrections=1)
     assert "50.0% over its budget" in found.notes[-1]
-
-
-def test_other_budgets_need_no_bench() -> None:
-    program = trace(nn.Linear(4, 4), torch.randn(1, 4))
-    with bench_for([Target.parse("macs=50%")], program, Context()) as found:
-        assert found is None
 
 
 class Net(nn.Module):

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import Tensor
 
 from fxprune.graph.custom_ops import fake_quantize
 from fxprune.quantization.observers import (
-    METHODS,
+    Method,
     Observer,
     activation_scale,
     divergence,
@@ -68,7 +70,7 @@ def test_pixels_are_not_left_half_way_between_codes() -> None:
     assert rounding_error(pixels, *watched(pixels).span("histogram", 256)) < 1.05 * whole
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 def test_every_method_keeps_rounding_small(method: str) -> None:
     x = gaussian()
     span = watched(x[:7000], x[7000:]).span(method, 256)  # type: ignore[arg-type]

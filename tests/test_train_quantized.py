@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import cast
+from typing import cast, get_args
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from fxprune.passes import TrainQuantized
 from fxprune.pipeline.context import Context
 from fxprune.quantization import recovery as quantization_recovery
 from fxprune.quantization.fake_quantizers import fakes, sites
-from fxprune.quantization.observers import METHODS
+from fxprune.quantization.observers import Method
 
 
 def states(program: Program) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def error(program: Program, context: Context) -> float:
         return relative_error(program(x), context.dense(x))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", get_args(Method))
 def test_calibration_comes_near_the_dense_program(method: str) -> None:
     program, context = calibrated(observer=method)
     assert sites(program) == ()

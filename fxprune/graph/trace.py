@@ -22,8 +22,6 @@ from fxprune.graph.program import Program
 
 log = logging.getLogger(__name__)
 
-Dynamic = Mapping[int, frozenset[int]]
-
 
 def trace(
     model: nn.Module,

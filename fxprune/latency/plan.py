@@ -8,7 +8,7 @@ predictions scaled by the error of this one.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,6 @@ from fxprune.graph.program import Program
 from fxprune.latency.bench import Bench, open_bench
 from fxprune.latency.table import Table
 from fxprune.pipeline.context import Context
-from fxprune.planning.budget import Target
 from fxprune.planning.cost_evaluator import Floats
 from fxprune.planning.problem import Problem
 from fxprune.planning.solver import Solution, solve
@@ -33,13 +32,8 @@ Cut = Callable[
 
 
 @contextmanager
-def bench_for(
-    targets: Sequence[Target], program: Program, context: Context
-) -> Iterator[Bench | None]:
-    """Open a bench inside the ``with`` block if one of the targets is a latency."""
-    if not any(target.name == "latency" for target in targets):
-        yield None
-        return
+def latency_bench(program: Program, context: Context) -> Iterator[Bench]:
+    """Measure the dense program, and yield what predicts and measures smaller ones beside it."""
     dense = (context.dense or program).copy().to("cpu").eval()
     with tempfile.TemporaryDirectory(prefix="fxprune-") as folder:
         table = Table.open(context.threads)
@@ -68,13 +62,13 @@ class Trial:
 
 
 def solve_and_try(
-    problem: Problem, bench: Bench | None, cut: Cut, corrections: int
-) -> tuple[Solution, dict[str, Any] | None]:
-    """Solve a problem; if its last quantity is latency, measure the solution and correct it.
+    problem: Problem, bench: Bench, cut: Cut, corrections: int
+) -> tuple[Solution, dict[str, Any]]:
+    """Solve a problem whose last quantity is latency, measure the solution and correct it.
 
     Args:
         problem: the planning problem; its costs predict latency by the table of the bench.
-        bench: the latency bench; None if latency is no target.
+        bench: the latency bench.
         cut: function that carries out a plan on a copy.
         corrections: how many times to re-plan after a miss; 0 disables measuring.
 
@@ -86,8 +80,6 @@ def solve_and_try(
         BudgetError: no cut meets the budget.
 
     """
-    if bench is None:
-        return solve(problem), None
     problem = replace(problem, tolerance=max(problem.tolerance, TOLERANCE))
     limit, limits = float(problem.limits[-1]), problem.limits
     trials: list[Trial] = []

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxruntime
 import torch
 from google.protobuf.message import EncodeError
@@ -214,12 +213,6 @@ def feeds(session: onnxruntime.InferenceSession, inputs: tuple[Any, ...]) -> dic
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     names = [item.name for item in session.get_inputs()]
     return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=False)}
-
-
-def initialiser_elements(path: str | Path) -> int:
-    """Count the elements of all weights in an ONNX file."""
-    model = onnx.load(str(path), load_external_data=False)
-    return sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
 
 
 @contextlib.contextmanager

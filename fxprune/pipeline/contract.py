@@ -63,7 +63,8 @@ class Pass(ABC):
     A pass is handed a program that verifies and leaves one that verifies. ``needs`` are the facts
     it reads, ``gives`` those it establishes, ``keeps`` those that survive its changes; every other
     fact is dropped, but only if something changed. A pass that only decides, and never changes the
-    program, says so with ``acts = False``.
+    program, says so with ``acts = False``. ``repeats`` says why a second run on the pass's own
+    result changes the program again; None promises that it does not.
     """
 
     name: ClassVar[str]
@@ -71,6 +72,7 @@ class Pass(ABC):
     needs: ClassVar[Facts] = frozenset()
     gives: ClassVar[Facts] = frozenset()
     keeps: ClassVar[Facts] = frozenset()
+    repeats: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Let every pass check its choices first, also one with a ``__post_init__`` of its own."""

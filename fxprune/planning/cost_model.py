@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from fxprune.graph.cost import Cost, Quantity, terms
+from fxprune.graph.cost import Quantity, terms
 from fxprune.graph.program import Program, shape_of
 from fxprune.structure.groups import Analysis, Group, analyse
 from fxprune.structure.labels import Labels
@@ -49,10 +49,6 @@ class CostModel:
         left = self.sizes - self.shrink @ removed
         products = self.factors * left[self.members].prod(axis=1)
         return {name: float(products[rows].sum()) for name, rows in self.rows.items()}
-
-    def after(self, removed: NDArray[np.int64]) -> Cost:
-        """Return the exact cost once each group has lost so many units."""
-        return Cost(**{name: round(value) for name, value in self.quantities(removed).items()})
 
 
 def cost_model(program: Program, groups: Sequence[Group]) -> CostModel:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Method = Literal["minmax", "moving-average", "percentile", "mse", "histogram"]
-METHODS: tuple[Method, ...] = get_args(Method)
 BINS = 2048
 MOMENTUM = 0.9  # of the moving average of batch extremes
 PERCENTILE = 0.9999  # of the values other than zero, on each side
