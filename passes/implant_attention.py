@@ -31,6 +31,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
+from fxprune.calibration.moments import Moments
 from fxprune.errors import InputError
 from fxprune.graph.facts import REMOVED
 from fxprune.graph.program import Program
@@ -38,7 +39,6 @@ from fxprune.graph.surgery import insert_call, replace_node
 from fxprune.implants.attention_cuts import Cut, Draft, Product, cuts_of
 from fxprune.implants.attention_ranks import (
     Basis,
-    HeadMoments,
     change_inputs,
     change_outputs,
     measure_heads,
@@ -56,7 +56,7 @@ WRITTEN_OUT = (
     "this attention is written out as products and a softmax; build the model so that it calls "
     "scaled_dot_product_attention (Hugging Face: attn_implementation='sdpa')"
 )
-Moments = dict[tuple[str, str], HeadMoments]
+HeadMoments = dict[tuple[str, str], Moments]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class ImplantAttention(Pass):
         return ("query-key", "value") if self.products == "both" else (self.products,)
 
     def _draft(
-        self, program: Program, attention: Attention, product: Product, moments: Moments
+        self, program: Program, attention: Attention, product: Product, moments: HeadMoments
     ) -> Draft | Skip:
         """Find the basis of a product and its rank, or say why there is none."""
         scores, name = product == "query-key", attention.node.name
@@ -143,7 +143,7 @@ class ImplantAttention(Pass):
         return enough[0] if enough else width
 
 
-def _change(program: Program, draft: Draft, rank: int, moments: Moments) -> None:
+def _change(program: Program, draft: Draft, rank: int, moments: HeadMoments) -> None:
     one, two = draft.parts
     change_outputs(program, one, draft.basis.first)
     if draft.product == "query-key":

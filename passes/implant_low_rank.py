@@ -22,12 +22,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from fxprune.calibration.moments import Moments
 from fxprune.errors import InputError, PreconditionError
 from fxprune.graph.facts import PLAN, REMOVED, Plan
 from fxprune.graph.program import Program, shape_of
 from fxprune.implants.fits import fit
 from fxprune.implants.implant_types import Implant, Kind, Site
-from fxprune.implants.moments import Moments, Sampling, measure
+from fxprune.implants.moments import Sampling, measure
 from fxprune.implants.sites import named_sites, output_scale, rows_of, sites_of, units_last
 from fxprune.implants.surgery import finish, put_implant
 from fxprune.pipeline.context import Context

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxprune.graph.custom_ops import DEQUANTIZE, FAKE_QUANTIZE
 from fxprune.graph.decompose import spell_attention, spell_means
@@ -149,8 +149,7 @@ class InsertObservers(Pass):
             return "depthwise convolutions are to stay in FP32 (option depthwise)"
         if any(packet_of(user) is aten.batch_norm for user in layer.users):
             return "a batch norm follows it; run fold-batchnorm first"
-        tensor = program.tensor(str(weight.target))
-        if any(not _reads_as_weight(user) for user in _readers(program, tensor)):
+        if not all(map(_reads_as_weight, program.readers(str(weight.target)))):
             return "its weight has other readers than layers"
         return None
 
@@ -184,15 +183,6 @@ def _times(timed: Mapping[fx.Node, LayerTiming]) -> ReportTable:
         rows.append((weight_name(node), f"{timing.int8:.1f}", f"{timing.fp32:.1f}", kept))
     columns = "layer", "us in INT8", "us in FP32", "runs as"
     return ReportTable("Layers timed in ONNX Runtime", columns, tuple(rows))
-
-
-def _readers(program: Program, tensor: Tensor) -> list[fx.Node]:
-    return [
-        user
-        for node in program.tensor_nodes()
-        if program.tensor(str(node.target)) is tensor
-        for user in node.users
-    ]
 
 
 def _reads_as_weight(user: fx.Node) -> bool:

@@ -9,13 +9,15 @@ from support import assert_same, relative_error, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxprune.calibration.layer_matrix import drawn_features
+from fxprune.calibration.moments import Moments
 from fxprune.data.datasets import Arrays
 from fxprune.data.roles import Data
 from fxprune.errors import InputError
 from fxprune.graph.program import Program
 from fxprune.implants.fits import fit
 from fxprune.implants.implant_types import Implant, Kind, Site, site_of
-from fxprune.implants.moments import Moments, Sampling, features, measure
+from fxprune.implants.moments import Sampling, measure
 from fxprune.pipeline.context import Context
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -98,7 +100,7 @@ def test_the_error_of_a_rank_is_what_is_left_of_the_whitened_spectrum(rank: int)
     convolution = LAYERS["plain"].double()
     site, moments, implant = fitted(convolution, f"low-rank:{rank}", scale=scale)
     # Outputs times a square root of the covariance, by another way than the fit's.
-    spectrum, vectors = torch.linalg.eigh(moments.covariance)
+    spectrum, vectors = torch.linalg.eigh(moments.covariance[0])
     root = vectors * spectrum.clamp_min(0).sqrt()
     rows = convolution.weight.detach().flatten(1) * scale.view(-1, 1)
     values = torch.linalg.svdvals(rows @ root)
@@ -172,7 +174,7 @@ def test_an_even_kernel_has_no_centre() -> None:
 
 def test_moments_are_those_of_all_positions() -> None:
     _, site, moments = measured(LAYERS["oblong"].double())
-    spread = features(site, X)
+    spread = drawn_features(site.node, X, None, None)
     with torch.no_grad():
         product = spread @ LAYERS["oblong"].weight.flatten(1).T + LAYERS["oblong"].get_parameter(
             "bias"
@@ -180,5 +182,5 @@ def test_moments_are_those_of_all_positions() -> None:
         expected = LAYERS["oblong"](X).movedim(1, -1).flatten(0, -2)
     assert_same(product, expected)
     assert moments.count == len(spread)
-    assert_same(moments.mean, spread.mean(0))
-    assert_same(moments.covariance, spread.T.cov(correction=0))
+    assert_same(moments.mean[0], spread.mean(0))
+    assert_same(moments.covariance[0], spread.T.cov(correction=0))

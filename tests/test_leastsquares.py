@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 import fxprune.calibration.least_squares
-from fxprune.calibration.least_squares import Moments, factorise, solve
+from fxprune.calibration.least_squares import factorise, solve
+from fxprune.calibration.moments import Moments
 from fxprune.errors import FxpruneError
 
 GENERATOR = torch.Generator().manual_seed(0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from quantized_nets import calibrated
@@ -58,3 +60,11 @@ def test_the_report_ranks_all_layers() -> None:
     with torch.no_grad():
         scale.mul_(30)
     assert next(iter(rounding_costs(coarse, context, 96, 32))) == "right.weight"
+
+
+def test_costs_of_fewer_samples_than_a_batch_are_their_mean() -> None:
+    program, context = calibrated()
+    images = torch.stack([context.samples.calibration[number][0] for number in range(16)])
+    small = replace(context, data=Data(Arrays(images)))
+    whole, larger = (rounding_costs(program, small, 64, size) for size in (16, 64))
+    assert whole == larger

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -128,7 +129,7 @@ def blocks(
     for x, y in zip(value.split(size), output.split(size), strict=True):
         rows = some.draw(y.shape[2], y[0, 0, 0].numel()) if some is not None else slice(None)
         made = y[:, :, rows].transpose(0, 1).flatten(1).unflatten(0, (groups, -1))
-        yield _features(node, x, weight.shape[2:], rows), made
+        yield _features(node, x, rows), made
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,9 +158,13 @@ def _per(sample: Tensor, times: int = 1) -> int:
     return max(1, BLOCK // max(1, sample.numel() * times))
 
 
-def _features(node: fx.Node, value: Tensor, kernel: torch.Size, rows: Tensor | slice) -> Tensor:
-    """Spread a convolution's input: groups x features x positions."""
-    dims, groups = len(kernel), argument(node, "groups")
+def _windows(node: fx.Node, value: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+    """View a convolution's padded input as channels x kernel x samples x positions.
+
+    Nothing is copied, unless only some rows of positions are wanted.
+    """
+    kernel = argument(node, "weight").meta["val"].shape[2:]
+    dims = len(kernel)
     stride, dilation = (spread(argument(node, name), dims) for name in ("stride", "dilation"))
     around = paddings(argument(node, "padding"), kernel, dilation)
     value = F.pad(value, [size for pair in reversed(around) for size in pair])
@@ -168,11 +173,49 @@ def _features(node: fx.Node, value: Tensor, kernel: torch.Size, rows: Tensor | s
         value = value.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
         if dim == 2:
             value = value[:, :, rows]
-    last = range(2 + dims, 2 + 2 * dims)
-    # channels, kernel, batch, positions
-    laid: Tensor = value.permute(1, *last, 0, *range(2, 2 + dims))
-    found: Tensor = laid.flatten(1 + dims).flatten(0, dims).unflatten(0, (groups, -1))
+    return value.permute(1, *range(2 + dims, 2 + 2 * dims), 0, *range(2, 2 + dims))
+
+
+def _features(node: fx.Node, value: Tensor, rows: Tensor | slice) -> Tensor:
+    """Spread a convolution's input at rows of positions: groups x features x positions."""
+    dims = value.dim() - 2
+    laid = _windows(node, value, rows)
+    found: Tensor = (
+        laid.flatten(1 + dims).flatten(0, dims).unflatten(0, (argument(node, "groups"), -1))
+    )
     return found
+
+
+def drawn_features(
+    node: fx.Node, value: Tensor, most: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """Spread what a layer reads at positions drawn from all samples: positions x features.
+
+    Args:
+        node: a linear layer, or a convolution without groups.
+        value: its input.
+        most: the largest number of positions; None for all.
+        generator: of the draw.
+
+    """
+    if packet_of(node) is aten.linear:
+        rows = value.flatten(0, -2)
+        return rows[_draw(len(rows), most, generator).to(rows.device)]
+    dims = argument(node, "weight").meta["val"].dim() - 2
+    windows = _windows(node, value if value.dim() == dims + 2 else value.unsqueeze(0))
+    places = windows.shape[1 + dims :]
+    drawn = _draw(places.numel(), most, generator).to(value.device)
+    whole: list[Any] = [slice(None)] * (1 + dims)
+    picked: Tensor = windows[(*whole, *torch.unravel_index(drawn, places))]
+    found: Tensor = picked.flatten(0, dims).T
+    return found
+
+
+def _draw(count: int, most: int | None, generator: torch.Generator | None) -> Tensor:
+    """Numbers of positions, at most so many of a count."""
+    if most is None or count <= most:
+        return torch.arange(count)
+    return torch.randperm(count, generator=generator)[:most]
 
 
 def weight_rows(node: fx.Node, weight: Tensor) -> Tensor:

@@ -96,6 +96,16 @@ class Program:
             if node.op == "get_attr" and isinstance(self._attribute(node.target), Tensor):
                 yield node
 
+    def readers(self, name: str) -> tuple[fx.Node, ...]:
+        """Return the calls that read a tensor, under any of its names; one entry per read."""
+        tensor = self.tensor(name)
+        return tuple(
+            user
+            for node in self.tensor_nodes()
+            if self.tensor(str(node.target)) is tensor
+            for user in node.users
+        )
+
     def _attribute(self, name: str) -> object:
         owner, leaf = owner_of(self.graph_module, name)
         return getattr(owner, leaf)

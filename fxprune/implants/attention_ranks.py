@@ -13,99 +13,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxprune.calibration.running import fixed_batch, placed
-from fxprune.data.batches import batches
-from fxprune.graph.node_args import arguments
+from fxprune.calibration.moments import RELATIVE_JITTER, Moments
+from fxprune.calibration.stream import calibration_stream, record
+from fxprune.graph.hooks import Call
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
 from fxprune.implants.attention_sites import Attention, Projection
 from fxprune.pipeline.context import Context
 
-LEAST = 1e-12  # of the mean variance: what directions that never vary count as
-
-
-@dataclass
-class HeadMoments:
-    """Sums over tokens: gram (heads, width, width), total (heads, width), and how many tokens."""
-
-    gram: Tensor
-    total: Tensor
-    count: int
-
-    @classmethod
-    def of(cls, value: Tensor) -> HeadMoments:
-        """Take the moments of (..., heads, tokens, width), in float64."""
-        heads = value.double().flatten(0, -4).transpose(0, 1).flatten(1, 2)  # heads, tokens, width
-        return cls(heads.transpose(1, 2) @ heads, heads.sum(1), heads.shape[1])
-
-    def add(self, other: HeadMoments) -> None:
-        """Count the tokens of another."""
-        self.gram += other.gram
-        self.total += other.total
-        self.count += other.count
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean of each position."""
-        return self.total / self.count
-
-    def root(self, *, centred: bool) -> Tensor:
-        """Return a lower triangle whose square the second moments are, with or without the mean."""
-        second = self.gram / self.count
-        if centred:
-            second = second - self.mean.unsqueeze(2) * self.mean.unsqueeze(1)
-        level = second.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30) * LEAST
-        eye = torch.eye(second.shape[1], dtype=second.dtype, device=second.device)
-        found: Tensor = torch.linalg.cholesky(second + level.view(-1, 1, 1) * eye)
-        return found
-
 
 def measure_heads(
     program: Program, found: Sequence[Attention], context: Context, samples: int, batch_size: int
-) -> dict[tuple[str, str], HeadMoments]:
-    """Return the moments of queries, keys and values of attention, by the call's name and part."""
-    data, size = context.samples.calibration, fixed_batch(program) or batch_size
-    limit = max(min(samples, len(data)) // size * size, min(size, len(data)))
-    stream = batches(data, size, seed=context.seed, limit=limit, device=context.device)
-    program.eval()
-    with placed(program, context.device), torch.no_grad():
-        recorder = _Recorder(program, found)
-        total = -(-limit // size)
-        for batch in context.progress.track(stream, "measuring attention", total=total):
-            recorder.run(*batch.inputs)
-    return {key: _home(moments) for key, moments in recorder.found.items()}
+) -> dict[tuple[str, str], Moments]:
+    """Return the moments of queries, keys and values of attention, by the call's name and part.
 
+    Every head is a group, and every token a position.
+    """
+    moments: dict[tuple[str, str], Moments] = {}
 
-def _home(moments: HeadMoments) -> HeadMoments:
-    return HeadMoments(moments.gram.cpu(), moments.total.cpu(), moments.count)
+    def add(name: str, part: str, value: Tensor) -> None:
+        heads = value.double().flatten(0, -4).transpose(0, 1).flatten(1, 2).transpose(1, 2)
+        if (name, part) not in moments:
+            moments[name, part] = Moments.zeros(len(heads), heads.shape[1], 0, heads.device)
+        moments[name, part].add(heads)  # heads x width x tokens
 
-
-class _Recorder(fx.Interpreter):
-    def __init__(self, program: Program, found: Sequence[Attention]) -> None:
-        super().__init__(program.graph_module)
-        self.found: dict[tuple[str, str], HeadMoments] = {}
-        self._calls = {attention.node for attention in found}
-
-    def run_node(self, n: fx.Node) -> Any:
-        made = super().run_node(n)
-        if n in self._calls:
-            given = arguments(n)
-            for part in ("query", "key"):
-                self._add(n.name, part, self.env[given[part]])
-            self._add(n.name, "out", made)
+    def measure(call: Call) -> Tensor:
+        made: Tensor = call.value()
+        add(call.node.name, "query", call.args[0])
+        add(call.node.name, "key", call.args[1])
+        add(call.node.name, "out", made)
         return made
 
-    def _add(self, name: str, part: str, value: Tensor) -> None:
-        moments = HeadMoments.of(value)
-        if (name, part) in self.found:
-            self.found[name, part].add(moments)
-        else:
-            self.found[name, part] = moments
+    stream = calibration_stream(program, context, samples, batch_size, remainder="drop")
+    hooks = {attention.node: measure for attention in found}
+    record(program, context, stream, hooks, "measuring attention")
+    return {key: one.to("cpu") for key, one in moments.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,15 +73,15 @@ class Basis:
         return float(self.squares[:, rank:].sum() / self.squares.sum().clamp_min(1e-300))
 
 
-def score_basis(query: HeadMoments, key: HeadMoments) -> Basis:
+def score_basis(query: Moments, key: Moments) -> Basis:
     """Decompose scores: ``first`` is for queries, ``second`` for keys."""
     left, right = query.root(centred=False), key.root(centred=True)
     u, sizes, v = torch.linalg.svd(left.transpose(1, 2) @ right)
-    scale = sizes.clamp_min(sizes[:, :1] * LEAST).sqrt().unsqueeze(2)
+    scale = sizes.clamp_min(sizes[:, :1] * RELATIVE_JITTER).sqrt().unsqueeze(2)
     return Basis(scale * _over(u.transpose(1, 2), left), scale * _over(v, right), sizes.square())
 
 
-def value_basis(out: HeadMoments, columns: Tensor, *, centred: bool) -> Basis:
+def value_basis(out: Moments, columns: Tensor, *, centred: bool) -> Basis:
     """Decompose what a layer makes of the value of attention.
 
     Args:

@@ -153,16 +153,10 @@ def _projection(
     for part in (weight, bias):
         if isinstance(part, fx.Node) and part.op != "get_attr":
             return f"{part.name} is computed, not stored"
-        if isinstance(part, fx.Node) and _readers(program, part) > 1:
+        if isinstance(part, fx.Node) and len(program.readers(str(part.target))) > 1:
             return f"{part.target} is shared with another layer"
     names = str(weight.target), str(bias.target) if isinstance(bias, fx.Node) else None
     return Projection(call, *names, table, dim)
-
-
-def _readers(program: Program, stored: fx.Node) -> int:
-    tensor = program.tensor(str(stored.target))
-    nodes = (node for node in program.tensor_nodes() if program.tensor(str(node.target)) is tensor)
-    return sum(len(node.users) for node in nodes)
 
 
 def _read_beside(call: fx.Node, attention: fx.Node) -> fx.Node | None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fxprune.calibration.moments import Moments
 from fxprune.graph.facts import Slot
 from fxprune.graph.program import Program
 from fxprune.implants.fits import fit
 from fxprune.implants.implant_types import Kind, Name, Site
-from fxprune.implants.moments import Moments, Sampling, measure
+from fxprune.implants.moments import Sampling, measure
 from fxprune.implants.sites import output_scale, rows_of, sites_of
 from fxprune.pipeline.context import Context
 from fxprune.planning.cost_evaluator import Floats
@@ -106,7 +107,7 @@ def _unexplained(
         implant = fit(site, weight, None, found, recipe.kind(len(weight)), scale=scale)
         rows = weight.double().flatten(1)
         gain = torch.ones(len(rows)) if scale is None else scale
-        variance = ((rows @ found.covariance) * rows).sum(1) * gain.square()
+        variance = ((rows @ found.covariance[0]) * rows).sum(1) * gain.square()
         units, indices = group.places(_slot(site))
         np.add.at(total, units, variance.cpu().numpy()[indices])
         np.add.at(left, units, (variance * implant.unexplained).cpu().numpy()[indices])

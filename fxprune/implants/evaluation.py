@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Subset
 
+from fxprune.calibration.moments import Moments
 from fxprune.calibration.running import fixed_batch, placed
 from fxprune.data.batches import Batch, batches
 from fxprune.data.datasets import Samples
@@ -20,7 +21,6 @@ from fxprune.graph.facts import REMOVED, Plan, Slot
 from fxprune.graph.program import Program, shape_of
 from fxprune.implants.fits import fit
 from fxprune.implants.implant_types import Kind, Site
-from fxprune.implants.moments import Moments
 from fxprune.implants.sites import named_sites, output_scale
 from fxprune.implants.surgery import finish, put_implant
 from fxprune.pipeline.context import Context
@@ -85,7 +85,7 @@ class Trials:
         self, small: Program, site: Site, kind: Kind, chosen: Mapping[Group, Sequence[int]]
     ) -> None:
         moments = self._moments[site.node.name]
-        channels = len(moments.total) // site.taps
+        channels = moments.features.shape[1] // site.taps
         gone = _gone(Slot(site.weight, 1), chosen)
         left = torch.from_numpy(np.setdiff1d(np.arange(channels), gone))
         features = (left.unsqueeze(1) * site.taps + torch.arange(site.taps)).flatten()

@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fxprune.calibration.moments import Moments
 from fxprune.errors import InputError
 from fxprune.implants.implant_types import Implant, Kind, Site, Stage
-from fxprune.implants.moments import Moments
 
 LEAST = 1e-12  # the smallest ridge, so that features that never vary do no harm
 SWEEPS = 3  # between the stages of a depthwise implant
@@ -38,7 +38,7 @@ def fit(
         ridge: relative to the mean square of what the last stage reads.
 
     """
-    rows, covariance = weight.detach().double().flatten(1), moments.covariance
+    rows, covariance = weight.detach().double().flatten(1), moments.covariance[0]
     scale = torch.ones(len(rows), device=rows.device) if scale is None else scale
     match kind.name:
         case "pointwise":
@@ -50,7 +50,7 @@ def fit(
         case "low-rank":
             found, stages = _low_rank(site, rows, covariance, scale.double(), kind.rank)
     error = rows - found
-    shift = error @ moments.mean
+    shift = error @ moments.mean[0]
     variance = ((rows @ covariance) * rows).sum(1)
     left = ((error @ covariance) * error).sum(1).clamp_min(0)
     whole = shift if bias is None else bias.detach().double() + shift

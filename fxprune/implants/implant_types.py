@@ -158,7 +158,7 @@ def site_of(program: Program, node: fx.Node) -> Site | str:
     for part in (weight, bias):
         if isinstance(part, fx.Node) and part.op != "get_attr":
             return f"{part.name} is computed, not stored"
-    if len(weight.users) > 1 or _aliases(program, weight) > 1:
+    if len(program.readers(str(weight.target))) > 1:
         return "its weight is shared with another layer"
     names = str(weight.target), str(bias.target) if isinstance(bias, fx.Node) else None
     if known.kind == "linear":
@@ -174,12 +174,6 @@ def site_of(program: Program, node: fx.Node) -> Site | str:
         return "its padding is not the same on both sides"
     padding = tuple(before for before, _ in around)
     return Site(node, *names, shape_of(weight)[1], kernel, stride, padding, dilation)
-
-
-def _aliases(program: Program, weight: fx.Node) -> int:
-    tensor = program.tensor(str(weight.target))
-    nodes = (node for node in program.tensor_nodes() if node.users)
-    return sum(program.tensor(str(node.target)) is tensor for node in nodes)
 
 
 @dataclass(frozen=True, eq=False)

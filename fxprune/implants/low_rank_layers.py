@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fxprune.calibration.moments import Moments
 from fxprune.graph.facts import Slot
 from fxprune.graph.program import Program, shape_of
 from fxprune.implants.costs import ChoiceCosts, Widening
 from fxprune.implants.implant_types import Kind, Site
-from fxprune.implants.moments import Moments
 from fxprune.implants.sites import output_scale
 from fxprune.planning.cost_evaluator import Floats, Ledger
 from fxprune.planning.cost_model import CostModel
@@ -61,7 +61,7 @@ def spectrum(program: Program, site: Site, moments: Moments) -> Spectrum:
     rows = program.tensor(site.weight).detach().double().flatten(1)
     scale = output_scale(program, site)
     rows = rows if scale is None else rows * scale.view(-1, 1)
-    values, vectors = torch.linalg.eigh(rows @ moments.covariance @ rows.T)
+    values, vectors = torch.linalg.eigh(rows @ moments.covariance[0] @ rows.T)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     return Spectrum(values.cpu().numpy(), vectors.square().cpu().numpy())
 

@@ -9,19 +9,20 @@ part in as many as there have been batches, so that they settle at the average.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxprune.calibration.running import fixed_batch, placed
-from fxprune.data.batches import batches
+from fxprune.calibration.running import placed
+from fxprune.calibration.stream import calibration_stream
 from fxprune.graph.cost import batch_of
 from fxprune.graph.custom_ops import FAKE_QUANTIZE
+from fxprune.graph.hooks import Call, Hook, visit
 from fxprune.graph.node_args import argument
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
 from fxprune.pipeline.context import Context
+from fxprune.quantization.fake_quantizers import unrounding
 from fxprune.quantization.patterns import pattern_of
 
 MEMORY = 2**28  # bytes that a batch's largest value may fill
@@ -41,23 +42,18 @@ def correct_biases(program: Program, exact: Program, context: Context, samples: 
         node: bias for node in program.graph.nodes if (bias := _own_bias(program, node)) is not None
     }
     program.refresh()  # memory is told by the values of nodes, and fake-quantisers are new
-    count = min(samples, len(context.samples.calibration))
-    fixed, most = fixed_batch(program), max(1, MEMORY // _largest(program))
-    size = fixed or -(-count // -(-count // most))  # batches are about equal
-    count -= count % (fixed or 1)
+    most = max(1, MEMORY // _largest(program))
+    stream = calibration_stream(program, context, samples, most, remainder="spread")
+    means: dict[str, Tensor] = {}
+    watched = _unrounded(exact, {node.name for node in biases}, means)
     with (
         placed(program.eval(), context.device),
         placed(exact.eval(), context.device),
         torch.no_grad(),
     ):
-        stream = batches(
-            context.samples.calibration, size, seed=context.seed, limit=count,
-            device=context.device,
-        )  # fmt: skip
         for number, batch in enumerate(stream):
-            unrounded = _Exact(exact, {node.name for node in biases})
-            unrounded.run(*batch.inputs)
-            _Correcting(program, biases, unrounded.means, 1 / (number + 1)).run(*batch.inputs)
+            visit(exact, batch.inputs, watched)
+            visit(program, batch.inputs, _corrected(program, biases, means, 1 / (number + 1)))
     return len(biases)
 
 
@@ -78,14 +74,8 @@ def _own_bias(program: Program, node: fx.Node) -> str | None:
         return None
     if not isinstance(bias, fx.Node) or bias.op != "get_attr":
         return None
-    tensor = program.tensor(str(bias.target))
-    readers = [
-        user
-        for each in program.tensor_nodes()
-        if program.tensor(str(each.target)) is tensor
-        for user in each.users
-    ]
-    return str(bias.target) if len(readers) == 1 else None
+    name = str(bias.target)
+    return name if len(program.readers(name)) == 1 else None
 
 
 def _channel_means(node: fx.Node, value: Tensor) -> Tensor:
@@ -94,42 +84,31 @@ def _channel_means(node: fx.Node, value: Tensor) -> Tensor:
     return value.double().mean([dim for dim in range(value.dim()) if dim != axis])
 
 
-class _Exact(fx.Interpreter):
-    """Runs a program without rounding and keeps the means of layers."""
+def _unrounded(
+    exact: Program, layers: Collection[str], means: dict[str, Tensor]
+) -> dict[fx.Node, Hook]:
+    """Hooks that skip all rounding and keep the means of layers."""
 
-    def __init__(self, program: Program, layers: Collection[str]) -> None:
-        super().__init__(program.graph_module)
-        self._layers = layers
-        self.means: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is FAKE_QUANTIZE:
-            return self.fetch_args_kwargs_from_env(n)[0][0]
-        value = super().run_node(n)
-        if n.name in self._layers:
-            self.means[n.name] = _channel_means(n, value)
+    def keep(call: Call) -> Tensor:
+        value: Tensor = call.value()
+        means[call.node.name] = _channel_means(call.node, value)
         return value
 
+    hooks: dict[fx.Node, Hook] = unrounding(exact)
+    return hooks | {node: keep for node in exact.graph.nodes if node.name in layers}
 
-class _Correcting(fx.Interpreter):
-    """Runs a program with rounding and moves each bias until the layer's means are right."""
 
-    def __init__(
-        self,
-        program: Program,
-        layers: Mapping[fx.Node, str],
-        means: Mapping[str, Tensor],
-        share: float,
-    ) -> None:
-        super().__init__(program.graph_module)
-        self._program, self._layers, self._means, self._share = program, layers, means, share
+def _corrected(
+    program: Program, layers: Mapping[fx.Node, str], means: Mapping[str, Tensor], share: float
+) -> dict[fx.Node, Hook]:
+    """Hooks that move each bias by a share of what its layer's means are off by."""
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n not in self._layers:
-            return value
-        shift = (self._share * (self._means[n.name] - _channel_means(n, value))).to(value.dtype)
-        bias = self._program.tensor(self._layers[n])
-        set_tensor(self._program, self._layers[n], bias.detach() + shift)
-        last = n.target is torch.ops.aten.linear.default
-        return value + (shift if last else shift.view(-1, *[1] * (value.dim() - 2)))
+    def correct(call: Call) -> Tensor:
+        node, name, value = call.node, layers[call.node], call.value()
+        shift = (share * (means[node.name] - _channel_means(node, value))).to(value.dtype)
+        set_tensor(program, name, program.tensor(name).detach() + shift)
+        last = node.target is torch.ops.aten.linear.default
+        found: Tensor = value + (shift if last else shift.view(-1, *[1] * (value.dim() - 2)))
+        return found
+
+    return dict.fromkeys(layers, correct)

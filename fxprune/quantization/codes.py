@@ -95,7 +95,7 @@ def _store_bias(program: Program, layer: fx.Node) -> None:
     name = str(node.target)
     bias = program.tensor(name).detach()
     codes = torch.round(bias.double() / sums.double()).clamp(-BIAS_LIMIT, BIAS_LIMIT)
-    if len(node.users) > 1 or len(_readers(program, name)) > 1:
+    if len(program.readers(name)) > 1:
         name = unused_name(program, f"{name}_codes")
     set_tensor(program, name, codes.to(torch.int32))
     stem = unused_name(program, f"{name}_scale")
@@ -105,15 +105,6 @@ def _store_bias(program: Program, layer: fx.Node) -> None:
     read = [read_tensor(program, each, layer) for each in (name, stem, zero)]
     new = insert_call(program, layer, DEQUANTIZE, (*read, 0))
     layer.replace_input_with(node, new)
-
-
-def _readers(program: Program, name: str) -> list[fx.Node]:
-    tensor = program.tensor(name)
-    return [node for node in program.tensor_nodes() if _tensor_is(program, node, tensor)]
-
-
-def _tensor_is(program: Program, node: fx.Node, tensor: Tensor) -> bool:
-    return program.tensor(str(node.target)) is tensor
 
 
 def _sink(program: Program) -> None:

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from fxprune.calibration.running import fixed_batch, placed
-from fxprune.data.batches import batches
+from fxprune.calibration.stream import calibration_stream, record
 from fxprune.graph.custom_ops import FAKE_QUANTIZE, OBSERVE
 from fxprune.graph.facts import OBSERVED
+from fxprune.graph.hooks import Call, Hook
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import insert_call, read_tensor, replace_node, set_tensor
 from fxprune.host import features
@@ -85,42 +85,27 @@ def walk(
     batch_size: int,
 ) -> dict[str, Observer]:
     """Run calibration samples through a program and return what its sites saw, by key."""
-    watched = {site.node: site.key for site in found if not site.symmetric}
-    observers = {key: Observer() for key in watched.values()}
-    walks = ["extremes"] if method in ("minmax", "moving-average") else ["extremes", "tally"]
-    fixed = fixed_batch(program)
-    size, total = fixed or batch_size, min(samples, len(context.samples.calibration))
-    total = max(total - total % fixed, fixed) if fixed else total
-    with placed(program, context.device), torch.no_grad():
-        for title in walks:
-            watcher = _Watcher(program, watched, observers, title)
-            stream = batches(
-                context.samples.calibration, size, seed=context.seed, limit=total,
-                device=context.device,
-            )  # fmt: skip
-            for batch in context.progress.track(stream, "calibrating", -(-total // size)):
-                watcher.run(*batch.inputs)
+    observers = {site.key: Observer() for site in found if not site.symmetric}
+    keys = {site.node: site.key for site in found if not site.symmetric}
+
+    def extremes(call: Call) -> Any:
+        observers[keys[call.node]].extremes(call.args[0])
+        return call.value()
+
+    def tally(call: Call) -> Any:
+        observers[keys[call.node]].tally(call.args[0])
+        return call.value()
+
+    stream = calibration_stream(program, context, samples, batch_size)
+    for hook in (extremes,) if method in ("minmax", "moving-average") else (extremes, tally):
+        record(program, context, stream, dict.fromkeys(keys, hook), "calibrating")
     return observers
 
 
-class _Watcher(fx.Interpreter):
-    """Runs a program and hands what enters its sites to observers."""
-
-    def __init__(
-        self,
-        program: Program,
-        watched: Mapping[fx.Node, str],
-        observers: Mapping[str, Observer],
-        method: str,
-    ) -> None:
-        super().__init__(program.graph_module)
-        self._watched, self._observers, self._method = watched, observers, method
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n in self._watched:
-            value = self.fetch_args_kwargs_from_env(n)[0][0]
-            getattr(self._observers[self._watched[n]], self._method)(value)
-        return super().run_node(n)
+def unrounding(program: Program) -> dict[fx.Node, Hook]:
+    """Return hooks under which the fake-quantisers of a program pass values on unrounded."""
+    nodes = [node for node in program.graph.nodes if node.target is FAKE_QUANTIZE]
+    return dict.fromkeys(nodes, lambda call: call.args[0])
 
 
 def settle(

@@ -9,18 +9,20 @@ predictions. One walk forwards and one back give all layers at once.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxprune.calibration.outputs import class_axis, logits_of
-from fxprune.calibration.running import fixed_batch, placed
-from fxprune.data.batches import batches
+from fxprune.calibration.running import placed
+from fxprune.calibration.stream import calibration_stream
 from fxprune.graph.custom_ops import FAKE_QUANTIZE
+from fxprune.graph.hooks import Call, Hook, run_with_hooks
 from fxprune.graph.program import Program
 from fxprune.pipeline.context import Context
+from fxprune.quantization.fake_quantizers import unrounding
 from fxprune.quantization.patterns import origin
 from fxprune.sensitivity.model import kind_of
 
@@ -32,23 +34,21 @@ def rounding_costs(
 
     Where the loss is not cross-entropy, it is the squared error of the output that rises.
     """
-    size = fixed_batch(program) or batch_size
-    count = max(min(samples, len(context.samples.calibration)) // size, 1) * size
+    stream = calibration_stream(program, context, samples, batch_size, remainder="drop")
     totals: dict[str, Tensor] = {}
     generator = torch.Generator().manual_seed(context.seed)
     program.eval()
     with placed(program, context.device), torch.enable_grad():
-        for batch in batches(
-            context.samples.calibration, size, seed=context.seed, limit=count, device=context.device
-        ):
-            walker = _Walker(program)
-            score = _drawn_loss(logits_of(walker.run(*batch.inputs)), context, generator)
-            outputs = [output for output, _ in walker.shifts.values()]
+        for batch in stream:
+            shifts: dict[str, tuple[Tensor, Tensor]] = {}
+            made = run_with_hooks(program, batch.inputs, _unrounded(program, shifts))
+            score = _drawn_loss(logits_of(made), context, generator)
+            outputs = [output for output, _ in shifts.values()]
             gradients = torch.autograd.grad(score, outputs, allow_unused=True)
-            for name, gradient in zip(walker.shifts, gradients, strict=True):
+            for name, gradient in zip(shifts, gradients, strict=True):
                 if gradient is not None:
-                    along = (gradient * walker.shifts[name][1]).flatten(1).sum(1)
-                    rise = along.double().square().sum() / 2 / count
+                    along = (gradient * shifts[name][1]).flatten(1).sum(1)
+                    rise = along.double().square().sum() / 2 / stream.total
                     totals[name] = totals.get(name, torch.zeros_like(rise)) + rise
     costs = {name: float(total) for name, total in totals.items()}
     return dict(sorted(costs.items(), key=lambda item: -item[1]))
@@ -74,18 +74,14 @@ def to_recover(costs: Mapping[str, float], points: float, gap: float) -> tuple[s
 
 def disagreement(program: Program, context: Context, samples: int, batch_size: int) -> float:
     """Return in how many of a hundred calibration samples rounding changes the prediction."""
-    size = fixed_batch(program) or batch_size
-    count = max(min(samples, len(context.samples.calibration)) // size, 1) * size
+    stream = calibration_stream(program, context, samples, batch_size, remainder="drop")
+    unrounded = unrounding(program)
     program.eval()
     changed = []
     with placed(program, context.device), torch.no_grad():
-        for batch in batches(
-            context.samples.calibration, size, seed=context.seed, limit=count, device=context.device
-        ):
-            rounded, exact = (
-                logits_of(found)
-                for found in (program(*batch.inputs), _Walker(program).run(*batch.inputs))
-            )
+        for batch in stream:
+            rounded = logits_of(program(*batch.inputs))
+            exact = logits_of(run_with_hooks(program, batch.inputs, unrounded))
             axis = class_axis(exact)
             changed.append((rounded.argmax(axis) != exact.argmax(axis)).flatten())
     return 100 * float(torch.cat(changed).double().mean())
@@ -101,40 +97,42 @@ def _drawn_loss(logits: Tensor, context: Context, generator: torch.Generator) ->
     return F.cross_entropy(rows, drawn.flatten().to(rows.device), reduction="sum")
 
 
-class _Walker(fx.Interpreter):
-    """Runs a program without rounding; keeps every layer's output, and how rounding moves it."""
+def _unrounded(program: Program, shifts: dict[str, tuple[Tensor, Tensor]]) -> dict[fx.Node, Hook]:
+    """Hooks that skip rounding, and keep every layer's output and how rounding moves it."""
+    weights = {
+        node: weight
+        for node in program.graph.nodes
+        if len(node.args) > 1
+        and isinstance(weight := node.args[1], fx.Node)
+        and weight.target is FAKE_QUANTIZE
+    }
 
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.graph_module)
-        self._program = program
-        self.shifts: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is FAKE_QUANTIZE:
-            return self.fetch_args_kwargs_from_env(n)[0][0]
-        value = super().run_node(n)
-        weight = n.args[1] if len(n.args) > 1 else None
-        if isinstance(weight, fx.Node) and weight.target is FAKE_QUANTIZE:
-            value = value if value.requires_grad else value.requires_grad_()
-            self.shifts[_stored(weight)] = value, self._shift(n, value)
+    def keep(call: Call) -> Tensor:
+        value: Tensor = call.value()
+        value = value if value.requires_grad else value.requires_grad_()
+        shifts[_stored(weights[call.node])] = value, _shift(program, call, value)
         return value
 
-    def _shift(self, layer: fx.Node, value: Tensor) -> Tensor:
-        args, kwargs = self.fetch_args_kwargs_from_env(layer)
-        with torch.no_grad():
-            rounded = [
-                self._rounded(origin(cast(fx.Node, node)), tensor)
-                for node, tensor in zip(layer.args[:2], args[:2], strict=True)
-            ]
-            moved: Tensor = layer.target(*rounded, *args[2:], **kwargs)  # type: ignore[operator]
-            return moved - value
+    return unrounding(program) | dict.fromkeys(weights, keep)
 
-    def _rounded(self, fake: fx.Node, value: Tensor) -> Tensor:
-        if fake.target is not FAKE_QUANTIZE:
-            return value
-        scale, zero = (self._program.tensor(str(x.target)) for x in fake.args[1:3])  # type: ignore[union-attr]
-        rounded: Tensor = FAKE_QUANTIZE(value, scale, zero, *fake.args[3:])
-        return rounded
+
+def _shift(program: Program, call: Call, value: Tensor) -> Tensor:
+    """By how much the rounding of its input and weight moves a layer's output."""
+    with torch.no_grad():
+        rounded = [
+            _rounded(program, origin(cast(fx.Node, node)), tensor)
+            for node, tensor in zip(call.node.args[:2], call.args[:2], strict=True)
+        ]
+        moved: Tensor = call.value(*rounded, *call.args[2:])
+        return moved - value
+
+
+def _rounded(program: Program, fake: fx.Node, value: Tensor) -> Tensor:
+    if fake.target is not FAKE_QUANTIZE:
+        return value
+    scale, zero = (program.tensor(str(x.target)) for x in fake.args[1:3])  # type: ignore[union-attr]
+    rounded: Tensor = FAKE_QUANTIZE(value, scale, zero, *fake.args[3:])
+    return rounded
 
 
 def _stored(fake: fx.Node) -> str:

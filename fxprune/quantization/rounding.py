@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from fxprune.calibration.layer_matrix import Some, blocks, weight_rows
-from fxprune.calibration.least_squares import Moments
-from fxprune.calibration.running import fixed_batch, placed
-from fxprune.data.batches import batches
+from fxprune.calibration.moments import Moments
+from fxprune.calibration.running import placed
+from fxprune.calibration.stream import calibration_stream
+from fxprune.graph.hooks import Call, Hook, visit
 from fxprune.graph.node_args import argument
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
@@ -99,10 +100,9 @@ def _gather(
     program: Program, context: Context, jobs: Sequence[_Job], samples: int, batch_size: int
 ) -> tuple[list[Moments], list[Moments]]:
     """The moments of the inputs of layers, of most samples and of those that judge."""
-    fixed = fixed_batch(program)
-    count = min(samples, len(context.samples.calibration))
-    size = fixed or max(1, min(batch_size, count // HELD_OUT))
-    count = max(count - count % size, size)
+    available = min(samples, len(context.samples.calibration))
+    size = max(1, min(batch_size, available // HELD_OUT))
+    stream = calibration_stream(program, context, samples, size, remainder="drop")
     watched = {call: number for number, job in enumerate(jobs) for call in job.calls}
     sums: tuple[list[Moments], list[Moments]] = (
         [_empty(program, job, context.device) for job in jobs],
@@ -110,13 +110,10 @@ def _gather(
     )
     program.eval()
     with placed(program, context.device), torch.no_grad():
-        stream = batches(
-            context.samples.calibration, size, seed=context.seed, limit=count,
-            device=context.device,
-        )  # fmt: skip
-        for number, batch in enumerate(context.progress.track(stream, "moments", count // size)):
+        tracked = context.progress.track(stream, "moments", len(stream))
+        for number, batch in enumerate(tracked):
             judges = number % HELD_OUT == HELD_OUT - 1
-            _Gathering(program, watched, sums[judges], count).run(*batch.inputs)
+            visit(program, batch.inputs, _gathering(watched, sums[judges], stream.total))
     fitted, judging = sums
     return fitted, judging if judging[0].count else fitted
 
@@ -126,24 +123,20 @@ def _empty(program: Program, job: _Job, device: str) -> Moments:
     return Moments.zeros(len(rows), rows.shape[2], 0, torch.device(device))
 
 
-class _Gathering(fx.Interpreter):
-    """Runs a program and adds what layers read to their moments."""
+def _gathering(
+    watched: Mapping[fx.Node, int], sums: Sequence[Moments], samples: int
+) -> dict[fx.Node, Hook]:
+    """Hooks that add what layers read to their moments."""
 
-    def __init__(
-        self, program: Program, watched: Mapping[fx.Node, int], sums: list[Moments], count: int
-    ) -> None:
-        super().__init__(program.graph_module)
-        self._watched, self._sums, self._count = watched, sums, count
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self._watched:
-            sums = self._sums[self._watched[n]]
-            positions = max(POSITIONS, PER_FEATURE * sums.gram.shape[1])
-            some = Some(-(-positions // self._count), torch.Generator().manual_seed(0))
-            for x, _ in blocks(n, self.fetch_args_kwargs_from_env(n)[0][0], value, some):
-                sums.add(x, x[:, :0])
+    def gather(call: Call) -> Any:
+        moments, value = sums[watched[call.node]], call.value()
+        positions = max(POSITIONS, PER_FEATURE * moments.gram.shape[1])
+        some = Some(-(-positions // samples), torch.Generator().manual_seed(0))
+        for x, _ in blocks(call.node, call.args[0], value, some):
+            moments.add(x)
         return value
+
+    return dict.fromkeys(watched, gather)
 
 
 def _settle(program: Program, job: _Job, fitted: Moments, judging: Moments, means: bool) -> Rounded:

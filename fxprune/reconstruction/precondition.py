@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fxprune.calibration.layer_matrix import Layer, blocks, output_shape, weight_rows
-from fxprune.calibration.least_squares import MOST_FEATURES, Moments, factorise
+from fxprune.calibration.least_squares import MOST_FEATURES, factorise
+from fxprune.calibration.moments import Moments
 from fxprune.graph.node_args import argument
 from fxprune.graph.program import Program
 from fxprune.reconstruction.newton import Product, Vector

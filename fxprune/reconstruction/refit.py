@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.calibration.layer_matrix import Layer, Some, blocks, weight_rows
-from fxprune.calibration.least_squares import Moments, solve
+from fxprune.calibration.least_squares import solve
+from fxprune.calibration.moments import Moments
 from fxprune.graph.node_args import argument, packet_of
 from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program

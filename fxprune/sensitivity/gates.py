@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from fxprune.graph.hooks import Call, run_with_hooks
 from fxprune.graph.node_args import arguments
 from fxprune.graph.program import Program, shape_of
 from fxprune.structure.flow import Flow, Read
@@ -79,8 +79,14 @@ class GatedProgram:
 
         """
         padded = torch.cat([values, values.new_ones(len(values), 1)], 1)
-        outputs = _Gated(self, padded).run(*pytree.tree_leaves(inputs))
-        return self.program.graph.process_outputs(outputs)
+
+        def gated(call: Call) -> Any:
+            args = call.args
+            for gate in self.gates[call.node]:
+                args = _apply(args, gate.argument, gate, padded)
+            return call.value(*args)
+
+        return run_with_hooks(self.program, inputs, dict.fromkeys(self.gates, gated))
 
 
 def _numbers(analysis: Analysis, groups: Sequence[Group]) -> Ints:
@@ -128,26 +134,6 @@ def _carried(flow: Flow, node: fx.Node, number: Ints) -> Ints | None:
         units: Ints = number[layer.ids.numpy()]
         return units[units >= 0]
     return None
-
-
-class _Gated(fx.Interpreter):
-    """Runs a program with every read multiplied by the gates of what it reads."""
-
-    def __init__(self, gated: GatedProgram, padded: Tensor) -> None:
-        super().__init__(gated.program.graph_module)
-        self._gates = gated.gates
-        self._padded = padded
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        return super().run(*args, enable_io_processing=False, **kwargs)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n not in self._gates:
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        for gate in self._gates[n]:
-            args = _apply(args, gate.argument, gate, self._padded)
-        return self.call_function(n.target, args, kwargs)
 
 
 def _apply(args: Any, path: tuple[Any, ...], gate: Gate, padded: Tensor) -> Any:

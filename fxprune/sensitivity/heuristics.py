@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fxprune.data.batches import Batch
+from fxprune.graph.hooks import Call, visit
 from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program, shape_of
 from fxprune.sensitivity.units import UnitLayout
@@ -50,11 +50,25 @@ def activation(program: Program, layout: UnitLayout, batches: Iterable[Batch]) -
     """
     squares: dict[fx.Node, Tensor] = {}
     count = 0
+    products = [
+        node
+        for node in program.graph.nodes
+        if operator_of(node).weight_outputs == 0
+        and isinstance(node.args[1], fx.Node)
+        and node.args[1].op == "get_attr"
+    ]
+
+    def square_inputs(call: Call) -> Any:
+        operand = call.args[0]
+        channel = _channel(call.node, operand.dim())
+        others = [dim for dim in range(operand.dim()) if dim != channel]
+        square = operand.float().square().mean(others) * len(batch)
+        squares[call.node] = squares.get(call.node, 0.0) + square
+        return call.value()
+
     for batch in batches:
-        reader = _Reader(program.graph_module)
-        reader.run(*pytree.tree_leaves(batch.inputs))
-        for node, square in reader.squares.items():
-            squares[node] = squares.get(node, 0.0) + square * len(batch)
+        with torch.no_grad():
+            visit(program, batch.inputs, dict.fromkeys(products, square_inputs))
         count += len(batch)
     values = {name: torch.zeros_like(program.tensor(name)) for name in layout.labels}
     for node, square in squares.items():
@@ -65,30 +79,6 @@ def activation(program: Program, layout: UnitLayout, batches: Iterable[Batch]) -
                 (square / count).sqrt(), node, shape_of(weight)
             )
     return _over_mean(layout, layout.sums(values))
-
-
-class _Reader(fx.Interpreter):
-    """Keeps the mean square of each input channel of every convolution and linear layer."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.squares: dict[fx.Node, Tensor] = {}
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return super().run(*args, enable_io_processing=False, **kwargs)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if (
-            operator_of(n).weight_outputs == 0
-            and isinstance(n.args[1], fx.Node)
-            and n.args[1].op == "get_attr"
-        ):
-            operand = self.fetch_args_kwargs_from_env(n)[0][0]
-            channel = _channel(n, operand.dim())
-            others = [dim for dim in range(operand.dim()) if dim != channel]
-            self.squares[n] = operand.float().square().mean(others)
-        return super().run_node(n)
 
 
 def _channel(node: fx.Node, rank: int) -> int:

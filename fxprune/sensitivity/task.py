@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from fxprune.data.batches import Batch, batches
+from fxprune.calibration.stream import calibration_stream
+from fxprune.data.batches import Batch
 from fxprune.errors import InputError
 from fxprune.graph.cost import activation_bytes
 from fxprune.graph.program import Program
@@ -99,21 +99,9 @@ class Task:
 
     def batches(self, at_most: int | None = None) -> Iterator[Batch]:
         """Yield the calibration batches, of ``at_most`` so many samples, the same every time."""
-        fixed = not self.program.dynamic
         room = self.settings.memory_gib * 2**30 / activation_bytes(self.program)
         size = min(self.settings.batch_size, max(1, int(room)), at_most or self.settings.batch_size)
-        if fixed:
-            leaf = pytree.tree_leaves(self.program.example_inputs)[0]
-            size = leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else 1
-        for batch in batches(
-            self.context.samples.calibration,
-            size,
-            seed=self.context.seed,
-            limit=self.settings.samples,
-            device=self.context.device,
-        ):
-            if not fixed or len(batch) == size:
-                yield batch
+        yield from calibration_stream(self.program, self.context, self.settings.samples, size)
 
     def objective(self) -> Objective:
         """Return the loss with its labels."""

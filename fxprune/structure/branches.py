@@ -7,7 +7,7 @@ reads ``x``. Widths cannot do that, since something of every group has to stay.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from fxprune.graph.comparison import worst_error
 from fxprune.graph.draws import FixedDraws
 from fxprune.graph.facts import MASKS, Masks
 from fxprune.graph.functionalize import state_kept
+from fxprune.graph.hooks import Call, run_with_hooks
 from fxprune.graph.node_args import argument, packet_of
 from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
@@ -159,25 +160,14 @@ def silence_error(program: Program, branches: Sequence[Branch], smaller: Program
     """
     ends = {branch.add: branch.add.args.index(branch.end) for branch in branches}
     inputs = program.example_inputs
+
+    def silence(call: Call) -> Any:
+        place = ends[call.node]
+        return call.value(*(x * 0 if number == place else x for number, x in enumerate(call.args)))
+
     with torch.no_grad(), FixedDraws(normal=0.5):
         with state_kept(program):
-            expected = _Silenced(program.graph_module, ends).run(*pytree.tree_leaves(inputs))
+            expected = run_with_hooks(program, inputs, dict.fromkeys(ends, silence))
         with state_kept(smaller):
             found = smaller(*inputs)
     return worst_error(expected, found)
-
-
-class _Silenced(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, ends: Mapping[fx.Node, int]) -> None:
-        super().__init__(module)
-        self._ends = ends
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        return super().run(*args, enable_io_processing=False, **kwargs)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n not in self._ends:
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        silent = [x * 0 if place == self._ends[n] else x for place, x in enumerate(args)]
-        return self.call_function(n.target, tuple(silent), kwargs)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from fxprune.graph.comparison import worst_error
 from fxprune.graph.draws import FixedDraws
 from fxprune.graph.functionalize import state_kept
+from fxprune.graph.hooks import Call, run_with_hooks
 from fxprune.graph.program import Program
 from fxprune.structure.flow import Read
 from fxprune.structure.groups import Group
@@ -86,34 +87,20 @@ def _unread(
                 found.append((read, kept))
         if found:
             masks[node] = found
-    return _Unread(program.graph_module, masks).run(*pytree.tree_leaves(inputs))
+
+    def unread(call: Call) -> Any:
+        args = call.args
+        for read, kept in masks[call.node]:
+            args = _zeroed(args, read.argument, read.dim, kept[read.dim])
+        return call.value(*args)
+
+    return run_with_hooks(program, inputs, dict.fromkeys(masks, unread))
 
 
 def _pick(args: Any, read: Read) -> Any:
     for step in read.argument:
         args = args[step]
     return args
-
-
-class _Unread(fx.Interpreter):
-    """Runs a program while given reads see zeros in place of given indices."""
-
-    def __init__(
-        self, module: fx.GraphModule, masks: Mapping[fx.Node, list[tuple[Read, Kept]]]
-    ) -> None:
-        super().__init__(module)
-        self._masks = masks
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        return super().run(*args, enable_io_processing=False, **kwargs)
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n not in self._masks:
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        for read, kept in self._masks[n]:
-            args = _zeroed(args, read.argument, read.dim, kept[read.dim])
-        return self.call_function(n.target, args, kwargs)
 
 
 def _zeroed(args: Any, path: tuple[Any, ...], dim: int, keep: Tensor) -> Any:

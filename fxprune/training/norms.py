@@ -7,17 +7,16 @@ were fitted behind stored statistics, training begins with another function than
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxprune.calibration.running import fixed_batch, placed
-from fxprune.data.batches import batches
+from fxprune.calibration.moments import Moments
+from fxprune.calibration.stream import calibration_stream, record
+from fxprune.graph.hooks import Call
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import set_tensor
 from fxprune.pipeline.context import Context
@@ -35,36 +34,18 @@ def norms_of(program: Program) -> tuple[fx.Node, ...]:
     )
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Statistics:
-    """Count, mean and sum of squared deviations per channel, in float64."""
+    """What a batch norm reads.
 
-    count: int
+    Attributes:
+        mean: per channel, in float64.
+        variance: per channel, unbiased, in float64.
+
+    """
+
     mean: Tensor
-    deviations: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor) -> Statistics:
-        """Take those of a batch, channels along its second dimension."""
-        variance, mean = torch.var_mean(x.double(), [0, *range(2, x.dim())], correction=0)
-        count = x.numel() // x.shape[1]
-        return cls(count, mean, variance * count)
-
-    def add(self, other: Statistics) -> None:
-        """Pool two sets of values (Chan, Golub and LeVeque 1979)."""
-        total = self.count + other.count
-        difference = other.mean - self.mean
-        self.mean = self.mean + difference * (other.count / total)
-        self.deviations = (
-            self.deviations + other.deviations
-            + difference.square() * (self.count * other.count / total)
-        )  # fmt: skip
-        self.count = total
-
-    @property
-    def variance(self) -> Tensor:
-        """The unbiased variance."""
-        return self.deviations / max(self.count - 1, 1)
+    variance: Tensor
 
 
 def measure_norms(
@@ -82,47 +63,32 @@ def measure_norms(
         as_in_training: norms compute with the statistics of the batch, not with stored ones.
 
     """
-    available = context.samples.calibration
-    size, total = _sizes(fixed_batch(program), min(samples, len(available)), batch_size)
-    stream = batches(available, size, seed=context.seed, limit=total, device=context.device)
-    program.eval()
-    with placed(program, context.device), torch.no_grad():
-        recorder = _Recorder(program, as_in_training)
-        for batch in context.progress.track(stream, "measuring what norms read", -(-total // size)):
-            recorder.run(*batch.inputs)
-    return recorder.found, total
+    stream = calibration_stream(program, context, samples, batch_size, remainder="spread")
+    if stream.total % stream.batch_size == 1 and len(stream) > 1:
+        stream = replace(stream, total=stream.total - 1)  # a batch of one has no variance
+    found: dict[Names, Moments] = {}
 
-
-def _sizes(fixed: int | None, total: int, batch_size: int) -> tuple[int, int]:
-    """The samples of a batch and in all."""
-    if fixed:
-        return fixed, max(total - total % fixed, fixed)
-    size = -(-total // -(-total // batch_size))
-    # A last batch of one has no variance.
-    return size, total - 1 if total % size == 1 and total > 1 else total
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a program and gathers what its norms read."""
-
-    def __init__(self, program: Program, as_in_training: bool) -> None:
-        super().__init__(program.graph_module)
-        self.found: dict[Names, Statistics] = {}
-        self._norms, self._as_in_training = norms_of(program), as_in_training
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n not in self._norms:
-            return super().run_node(n)
-        (x, weight, bias, *_), _ = self.fetch_args_kwargs_from_env(n)
-        found, names = Statistics.of(x), _names(n)
-        if names in self.found:
-            self.found[names].add(found)
-        else:
-            self.found[names] = found
-        if not self._as_in_training:
-            return super().run_node(n)
-        eps: Any = n.args[7]
+    def measure(call: Call) -> Any:
+        x, weight, bias = call.args[:3]
+        channels = x.double().transpose(0, 1).flatten(1).unsqueeze(1)
+        names = _names(call.node)
+        if names not in found:
+            found[names] = Moments.zeros(len(channels), 1, 0, x.device)
+        found[names].add(channels)
+        if not as_in_training:
+            return call.value()
+        eps: Any = call.node.args[7]
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+
+    hooks = dict.fromkeys(norms_of(program), measure)
+    record(program, context, stream, hooks, "measuring what norms read")
+    return {names: _statistics(moments) for names, moments in found.items()}, stream.total
+
+
+def _statistics(moments: Moments) -> Statistics:
+    """The mean and the unbiased variance of channels, each a group of its own."""
+    spread = moments.covariance[:, 0, 0].clamp_min(0) * moments.count
+    return Statistics(moments.mean[:, 0], spread / max(moments.count - 1, 1))
 
 
 def _names(norm: fx.Node) -> Names:
@@ -146,10 +112,7 @@ def restate_norms(program: Program, context: Context, samples: int, batch_size: 
         How many norms were changed.
 
     """
-    readers: Counter[int] = Counter()
-    for node in program.tensor_nodes():  # tied tensors have several names
-        readers[id(program.tensor(str(node.target)))] += len(node.users)
-    own = [norm for norm in norms_of(program) if _owns(program, norm, readers)]
+    own = [norm for norm in norms_of(program) if _owns(program, norm)]
     if not own:
         return 0
     found, _ = measure_norms(program, context, samples, batch_size, as_in_training=False)
@@ -158,13 +121,11 @@ def restate_norms(program: Program, context: Context, samples: int, batch_size: 
     return len(own)
 
 
-def _owns(program: Program, norm: fx.Node, readers: Mapping[int, int]) -> bool:
+def _owns(program: Program, norm: fx.Node) -> bool:
     """Whether a norm has a weight and a bias, and nothing else reads any of its tensors."""
     tensors: Any = norm.args[1:5]
     return all(
-        isinstance(x, fx.Node)
-        and x.op == "get_attr"
-        and readers[id(program.tensor(str(x.target)))] == 1
+        isinstance(x, fx.Node) and x.op == "get_attr" and len(program.readers(str(x.target))) == 1
         for x in tensors
     )
 
