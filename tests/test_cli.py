@@ -156,9 +156,10 @@ def test_an_unexpected_error_names_itself(folder: Path, monkeypatch: pytest.Monk
     arguments = ("compile", "net.pt", *ARCH, "--data", "data.npz", "--passes", "recalibrate-norms")
     run = call(*arguments, "--no-verify", "-o", "out")
     assert run.exit_code == 1
-    assert run.stderr.startswith(
+    expected = (
         "fxprune: unexpected ZeroDivisionError: by zero\n  in recalibrate-norms, after nothing\n"
     )
+    assert expected in run.stderr
     assert "Traceback" in call(*arguments, "--no-verify", "--debug", "-o", "out").stderr
 
 
@@ -178,8 +179,10 @@ def test_ctrl_c_in_the_middle_leaves_nothing_half_written(folder: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
-    assert (out, err.count("\n")) == ("", 1), err
-    assert err.startswith("fxprune: interrupted")
+    note, reason = err.splitlines()
+    assert not out
+    assert note.startswith("note: no evaluation data")
+    assert reason.startswith("fxprune: interrupted")
     assert [path.name for path in (folder / "out").iterdir()] == [".fxprune-checkpoint"]
 
 

@@ -62,8 +62,8 @@ def test_a_flat_folder_is_unlabelled(folder: Path) -> None:
 
 def test_images_are_resized_and_cropped(tmp_path: Path) -> None:
     paint(tmp_path / "wide.png", 7, (30, 10))
-    assert read_image(tmp_path / "wide.png", (8, 8)).shape == (8, 8, 3)
-    assert read_image(tmp_path / "wide.png", None).shape == (10, 30, 3)
+    assert read_image(tmp_path / "wide.png", Scaling((8, 8))).shape == (8, 8, 3)
+    assert read_image(tmp_path / "wide.png", Scaling()).shape == (10, 30, 3)
 
 
 def test_a_folder_without_images_is_told(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_an_unreadable_image_is_named(folder: Path) -> None:
 def test_images_of_several_sizes_are_told(folder: Path) -> None:
     paint(folder / "train" / "ant" / "9.png", 1, (8, 8))
     with pytest.raises(InputError, match="--image-size"):
-        list(batches(load_data(str(folder)).calibration, 100))
+        load_data(str(folder))
 
 
 def test_folders_of_different_classes_are_told(folder: Path) -> None:

@@ -58,7 +58,8 @@ InputShape = Annotated[
     str | None, typer.Option(help="shape of one sample, e.g. 3,32,32 (default: from the data)")
 ]
 ImageSize = Annotated[
-    str | None, typer.Option(help="resize and crop images to this size, e.g. 224")
+    str | None,
+    typer.Option(help="resize and crop images to this size, e.g. 224 (default: the model's)"),
 ]
 Mean = Annotated[
     str | None, typer.Option(help="per-channel mean, for pixels scaled to [0, 1], e.g. 0.5,0.5,0.5")
@@ -71,6 +72,16 @@ Trust = Annotated[
     typer.Option(
         "--trust-pickle", help="allow unpickling, which can execute code stored in the file"
     ),
+]
+Crop = Annotated[
+    float | None,
+    typer.Option(
+        help="fraction of a resized image that the crop keeps, e.g. 0.875 (default: the model's)"
+    ),
+]
+Interpolation = Annotated[
+    str | None,
+    typer.Option(help="filter to resize images, e.g. bicubic (default: the model's)"),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks and all warnings")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -91,6 +102,8 @@ def compile_command(
     arch_option: ArchOption = None,
     input_shape: InputShape = None,
     image_size: ImageSize = None,
+    crop: Crop = None,
+    interpolation: Interpolation = None,
     mean: Mean = None,
     std: Std = None,
     target: Annotated[
@@ -170,10 +183,11 @@ def compile_command(
         told |= {name: value for name, value in given.items() if value is not None}
         pipeline = parse(passes, known) if passes else wanted.pipeline
         request, options = split(told)
-        progress = Tracker(False if quiet_run else None)
-        samples = request.load_data(options.get("seed", 0))
+        progress = Tracker(False if quiet_run else None, notes=not quiet_run)
+        loaded = request.load_model()
+        samples = request.load_data(options.get("seed", 0), loaded)
         result = compile_model(
-            request.load_model(), request.example_inputs(), data=samples, out=out, resume=resume,
+            loaded, request.example_inputs(), data=samples, out=out, resume=resume,
             pipeline=pipeline, progress=progress, origin=request.recipe_fields(), **options,
         )  # fmt: skip
         if not quiet_run:
@@ -191,6 +205,8 @@ def inspect_command(
     data_option: DataOption = None,
     input_shape: InputShape = None,
     image_size: ImageSize = None,
+    crop: Crop = None,
+    interpolation: Interpolation = None,
     trust_pickle: Trust = False,
     attention: Annotated[
         Preference, typer.Option(help="remove whole heads, or narrow every head")
@@ -203,7 +219,7 @@ def inspect_command(
     with exits(debug):
         request = Request(
             model, arch, tuple(arch_option or ()), data, tuple(data_option or ()), input_shape,
-            image_size, trust_pickle=trust_pickle,
+            image_size, crop, interpolation, trust_pickle=trust_pickle,
         )  # fmt: skip
         if html is not None:
             check_writable(html.parent)
@@ -222,13 +238,17 @@ def _traced(request: Request) -> Program:
     if isinstance(model, Program):
         return model
     inputs = request.example_inputs()
-    if inputs is None and (data := request.load_data(0)) is not None:
-        inputs = next(batches(data.calibration, 1)).inputs
+    notes: tuple[str, ...] = ()
+    if inputs is None and (data := request.load_data(0, model)) is not None:
+        inputs, notes = next(batches(data.calibration, 1)).inputs, data.notes
     if inputs is None:
         raise InputError(
             "cannot infer the input shape; pass --input-shape 3,224,224 or --data DATA"
         )
-    return trace(model, inputs)
+    program = trace(model, inputs)
+    for note in notes:
+        Tracker(notes=True).note(note)
+    return program
 
 
 @app.command("bench")

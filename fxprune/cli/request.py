@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from fxprune.data.images import Scaling
+from fxprune.data.images import make_scaling
 from fxprune.data.roles import Data
 from fxprune.data.sources import load_data
 from fxprune.errors import InputError
 from fxprune.graph.program import Program
 from fxprune.models.loading import load_model
+from fxprune.models.preprocessing import preprocessing_of
 from fxprune.pipeline.values import convert
 from fxprune.run.options import Options
 
@@ -34,6 +36,8 @@ class Request:
         data_option: ``name=value`` for the data's factory.
         input_shape: shape of one sample, such as ``3,32,32``.
         image_size: size to resize and crop image files to, ``224`` or ``224,160`` (height, width).
+        crop: fraction of a resized image, from 0 to 1, that the crop to the image size keeps.
+        interpolation: filter to resize image files with.
         mean: per-channel mean, for pixels scaled to [0, 1].
         std: per-channel standard deviation, for pixels scaled to [0, 1].
         trust_pickle: whether unpickling is allowed, which can execute code stored in the file.
@@ -47,6 +51,8 @@ class Request:
     data_option: tuple[str, ...] = ()
     input_shape: str | None = None
     image_size: str | None = None
+    crop: float | None = None
+    interpolation: str | None = None
     mean: str | None = None
     std: str | None = None
     trust_pickle: bool = False
@@ -59,25 +65,29 @@ class Request:
 
     def load_model(self) -> nn.Module | Program:
         """Load the model's file."""
-        options = keywords(self.arch_option, "--arch-option")
+        options = self._arch_options()
         return load_model(self.model, self.arch, options=options, trust_pickle=self.trust_pickle)
 
-    def load_data(self, seed: int) -> Data | None:
-        """Load the data, if any are named."""
+    def load_data(self, seed: int, model: nn.Module | Program | None = None) -> Data | None:
+        """Load the data, if any are named; a program tells the image size that it takes."""
         if self.data is None:
             return None
-        shape = self._shape()
-        size = numbers(self.image_size, "--image-size", int)
-        if not size and shape and len(shape) == 3:
-            size = shape[1:]
-        scaling = Scaling(
-            (int(size[0]), int(size[-1])) if size else None,
-            numbers(self.mean, "--mean", float) or None,
-            numbers(self.std, "--std", float) or None,
+        shape = self._shape() or _image_shape(model)
+        shape = shape if len(shape) == 3 else ()
+        scaling = make_scaling(
+            preprocessing_of(self.arch, self._arch_options(), Path(self.model).name),
+            size=numbers(self.image_size, "--image-size", int) or shape[1:],
+            crop=self.crop,
+            interpolation=self.interpolation,
+            mean=numbers(self.mean, "--mean", float),
+            std=numbers(self.std, "--std", float),
         )
         options = keywords(self.data_option, "--data-option")
-        channels = shape[0] if len(shape) == 3 else 3
+        channels = shape[0] if shape else self._arch_options().get("in_chans", 3)
         return load_data(self.data, scaling, options=options, channels=channels, seed=seed)
+
+    def _arch_options(self) -> Mapping[str, Any]:
+        return keywords(self.arch_option, "--arch-option")
 
     def example_inputs(self) -> tuple[Any, ...] | None:
         """Return one random sample of the input shape, if that is given."""
@@ -88,6 +98,14 @@ class Request:
 
     def _shape(self) -> tuple[int, ...]:
         return numbers(self.input_shape, "--input-shape", int)
+
+
+def _image_shape(model: nn.Module | Program | None) -> tuple[int, ...]:
+    """The channels, height and width of a program's only input, if it takes images."""
+    leaves = pytree.tree_leaves(model.example_inputs) if isinstance(model, Program) else []
+    if len(leaves) == 1 and isinstance(leaves[0], Tensor) and leaves[0].dim() == 4:
+        return tuple(leaves[0].shape[1:])
+    return ()
 
 
 # What a recipe's [run] may set; consent to unpickling is given on the command line alone.

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxprune.data.batches import batches
-from fxprune.data.datasets import Arrays, Samples
-from fxprune.data.images import ImageFiles, Scaling, image_folder
+from fxprune.data.datasets import Arrays
+from fxprune.data.images import ImageFiles, Scaling, check_one_size, image_folder
 from fxprune.data.roles import Data, as_data
 from fxprune.errors import InputError
 from fxprune.models.factories import call_factory, find_factory
@@ -86,12 +86,16 @@ def _from_folder(folder: Path, scaling: Scaling, mode: str, seed: int) -> Data:
     train = next((subfolders[name] for name in TRAIN if name in subfolders), None)
     evaluation = next((subfolders[name] for name in EVAL if name in subfolders), None)
     if train is None:
-        return _told(as_data(image_folder(folder, scaling, mode), seed=seed), scaling, mode)
-    parts: dict[str, Samples] = {"train": image_folder(train, scaling, mode)}
+        files = image_folder(folder, scaling, mode)
+        check_one_size(files)
+        return _noted(as_data(files, seed=seed), scaling, mode)
+    parts = {"train": image_folder(train, scaling, mode)}
     if evaluation is not None:
         parts["eval"] = image_folder(evaluation, scaling, mode)
         _check_classes(*parts.values())
-    return _told(as_data(parts, seed=seed), scaling, mode)
+    for files in parts.values():
+        check_one_size(files)
+    return _noted(as_data(parts, seed=seed), scaling, mode)
 
 
 def _check_classes(train: Any, evaluation: Any) -> None:
@@ -103,11 +107,17 @@ def _check_classes(train: Any, evaluation: Any) -> None:
         )
 
 
-def _told(data: Data, scaling: Scaling, mode: str) -> Data:
-    if mode != "RGB" or (scaling.mean and scaling.std):
+def _noted(data: Data, scaling: Scaling, mode: str, *, files: bool = True) -> Data:
+    """Note what is done to images, unless the user said all of it."""
+    said = scaling.mean and scaling.std and (scaling.size or not files) and not scaling.source
+    if said or (mode != "RGB" and not scaling.source):
         return data
+    shown = scaling if files else replace(scaling, size=None)
+    whose = scaling.source or "the mean and std of ImageNet"
+    size = "--image-size, --crop, --interpolation, " if files else ""
     note = (
-        "images are normalised with the mean and std of ImageNet; change them by --mean and --std"
+        f"images are {shown.describe(len(mode))}: what no option sets is {whose}; change it by "
+        f"{size}--mean and --std"
     )
     return replace(data, notes=(*data.notes, note))
 
@@ -139,7 +149,7 @@ def _from_npz(path: Path, scaling: Scaling, seed: int) -> Data:
     if is_image and x.ndim == 3:
         x = x[..., None]
     data = as_data(_arrays(x, y, scaling if is_image else _unchanged), seed=seed)
-    return _told(data, scaling, "RGB") if is_image and x.shape[-1] == 3 else data
+    return _noted(data, scaling, "RGB", files=False) if is_image and x.shape[-1] == 3 else data
 
 
 def _unchanged(inputs: Tensor) -> Tensor:

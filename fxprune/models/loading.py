@@ -80,6 +80,8 @@ def build(arch: str, options: Mapping[str, Any]) -> nn.Module:
         )
     if library in ("torchvision", "timm"):
         factory = _from_library(library, name)
+        # The weights come from the model's file; their name tells how images are prepared.
+        options = {key: value for key, value in options.items() if key != "weights"}
     else:
         factory = find_factory(arch, "--arch")
     model = call_factory(factory, arch, "--arch", options)

@@ -39,10 +39,12 @@ class Tracker:
 
     Attributes:
         shown: draw the bar; by default only where standard error is a terminal.
+        notes: print what is assumed also where standard error is no terminal.
 
     """
 
     shown: bool | None = None
+    notes: bool = False
 
     @property
     def visible(self) -> bool:
@@ -53,6 +55,12 @@ class Tracker:
         """Show a line that tells what is going on."""
         if self.visible:
             Console(stderr=True).print(text, highlight=False, markup=False)
+
+    def note(self, text: str) -> None:
+        """Print something that is assumed, on a line of its own."""
+        if self.notes or self.visible:
+            out = Console(stderr=True, soft_wrap=True)
+            out.print(f"note: {text}", highlight=False, markup=False)
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """Yield the items, moving the bar by one after each."""

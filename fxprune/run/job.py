@@ -89,6 +89,8 @@ def make_job(
     program = _program(model, example_inputs, samples)
     if samples is not None:
         check_data(samples, program)
+        for note in samples.notes:
+            options.progress.note(note)
         samples = _limited(samples, options)
     groups = find_groups(program, attention_of(pipeline))
     return Job(program, groups, samples, pipeline, targets, options)
