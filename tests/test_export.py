@@ -17,7 +17,7 @@ import fxprune
 import fxprune.onnx.export
 from fxprune.errors import InputError, PostconditionError
 from fxprune.graph.program import Program
-from fxprune.onnx.benchmark import compare
+from fxprune.onnx.benchmark import compare, open_session
 from fxprune.onnx.export import export_onnx
 from fxprune.structure.verify import sample_units
 
@@ -156,3 +156,4 @@ def test_what_one_file_cannot_hold_is_written_beside_it(
     assert check.parity is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert check.onnx_bytes >= 4 * 64 * 64
+    assert open_session(tmp_path / "m.onnx", 1).get_inputs()

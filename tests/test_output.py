@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fxprune.errors import InputError
-from fxprune.run.output import STAGING, check_writable, staged, write_text
+from fxprune.run.output import STAGING, check_writable, staged
 
 
 def test_files_appear_at_the_end(tmp_path: Path) -> None:
@@ -79,10 +79,3 @@ def test_a_folder_without_permission_is_an_input_error(tmp_path: Path) -> None:
 def test_checking_leaves_nothing(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
-
-
-def test_text_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "state.json"
-    write_text(path, "one")
-    write_text(path, "two")
-    assert [(item.name, item.read_text()) for item in tmp_path.iterdir()] == [("state.json", "two")]

@@ -18,9 +18,9 @@ import networkx as nx
 
 # Packages and top-level modules from the lowest to the highest; each imports only lower ones.
 LAYERS = (
-    "errors", "host", "graph", "structure", "models", "data", "pipeline", "calibration", "onnx",
-    "sensitivity", "planning", "latency", "reconstruction", "implants", "training", "quantization",
-    "passes", "report", "run", "cli", "__init__", "__main__",
+    "errors", "host", "files", "graph", "structure", "models", "data", "pipeline", "calibration",
+    "onnx", "sensitivity", "planning", "latency", "reconstruction", "implants", "training",
+    "quantization", "passes", "report", "run", "cli", "__init__", "__main__",
 )  # fmt: skip
 
 # Where a dictionary from operators to anything belongs: one record per family of operators.

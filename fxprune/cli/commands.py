@@ -16,6 +16,7 @@ from fxprune.cli.exits import exits
 from fxprune.cli.request import Request, read_text, split, typed
 from fxprune.data.batches import batches
 from fxprune.errors import InputError
+from fxprune.files import write_text
 from fxprune.graph.facts import Preference
 from fxprune.graph.program import Program
 from fxprune.graph.trace import trace
@@ -28,7 +29,7 @@ from fxprune.report.inspection_html import inspection_html
 from fxprune.report.listing import describe, print_passes
 from fxprune.report.table import print_latencies, print_report
 from fxprune.run.compile import compile as compile_model
-from fxprune.run.output import check_writable, prepare, write_text
+from fxprune.run.output import check_writable, prepare
 
 app = typer.Typer(
     help="Make trained PyTorch models physically smaller, export ONNX and verify the result.",

@@ -8,7 +8,6 @@ file holds. Here nothing but operators of ``torch.ops`` and a few functions of `
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import FxpruneError, InputError
+from fxprune.files import replacing
 from fxprune.graph.json_codec import Decoder, Encoder, operator_name, resolve_operator
 from fxprune.graph.program import Program
 
@@ -33,15 +33,10 @@ def save(program: Program, path: str | Path) -> None:
     path = Path(path)
     encoder = Encoder()
     content = json.dumps(_describe(program, encoder), sort_keys=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with zipfile.ZipFile(aside, "w") as archive:
-            archive.writestr(zipfile.ZipInfo(GRAPH, _EPOCH), content, zipfile.ZIP_DEFLATED)
-            data = safetensors.torch.save(encoder.tensors)
-            archive.writestr(zipfile.ZipInfo(TENSORS, _EPOCH), data)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as staging, zipfile.ZipFile(staging, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(GRAPH, _EPOCH), content, zipfile.ZIP_DEFLATED)
+        data = safetensors.torch.save(encoder.tensors)
+        archive.writestr(zipfile.ZipInfo(TENSORS, _EPOCH), data)
 
 
 def load(path: str | Path) -> Program:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import onnxruntime
 
+from fxprune.files import write_text
 from fxprune.host import cache_folder, features, processor
 
 FORMAT = 3
@@ -91,13 +90,7 @@ def save(path: Path, host: Host, times: Mapping[str, Timing]) -> str | None:
     text = json.dumps({"format": FORMAT, "host": asdict(host), "times": rows}, indent=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(aside).replace(path)
-        finally:
-            Path(aside).unlink(missing_ok=True)
+        write_text(path, text)
     except OSError as error:
         return f"cannot write the latency table {path} ({error.strerror})"
     return None

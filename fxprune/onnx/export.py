@@ -6,7 +6,6 @@ import contextlib
 import io
 import logging
 import math
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import PostconditionError
+from fxprune.files import replacing
 from fxprune.graph.comparison import relative_error
 from fxprune.graph.decompose import spell_attention, spell_clamps
 from fxprune.graph.precision import in_double, widened
@@ -84,8 +84,7 @@ def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> Ex
     _spell_averages(ready)
     shield_floats(ready)
     ready.refresh()
-    staging = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as staging:
         with _quiet():
             _write(ready, staging)
         parity = _parity(ready, staging) if check else None
@@ -98,12 +97,7 @@ def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> Ex
                 f"value (limit {limit:g}), so {path} was not written; this is a bug: please report "
                 "it with the model"
             )
-        size = sum(part.stat().st_size for part in path.parent.glob(f"{staging.name}*"))
-        for part in sorted(path.parent.glob(f"{staging.name}*")):
-            part.replace(path.with_name(part.name.replace(staging.name, path.name)))
-    finally:
-        for part in path.parent.glob(f"{staging.name}*"):
-            part.unlink()
+        size = sum(part.stat().st_size for part in staging.parent.iterdir())
     return ExportCheck(parity, size, limit, note)
 
 

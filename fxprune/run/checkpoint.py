@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from fxprune.errors import InputError
+from fxprune.files import write_text
 from fxprune.graph import serialize
 from fxprune.graph.cost import Cost
 from fxprune.graph.facts import PLAN, REMOVED, SENSITIVITY, Plan, Sensitivity
 from fxprune.graph.program import Program
 from fxprune.pipeline.contract import Outcome, Pass, ReportTable, Skip
 from fxprune.pipeline.driver import Entry
-from fxprune.run.output import write_text
 
 FOLDER = ".fxprune-checkpoint"
 CURVE_POINTS = 64

@@ -1,14 +1,14 @@
-"""Files that appear whole or not at all: they are written in a staging folder, then renamed."""
+"""The output folder: its files are written in a staging folder and appear together."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fxprune.errors import InputError
+from fxprune.files import sync
 
 STAGING = ".fxprune-partial"
 
@@ -74,25 +74,9 @@ def staged(folder: Path) -> Iterator[Path]:
         yield staging
         files = sorted(staging.iterdir(), key=lambda path: (path.name == "report.json", path.name))
         for path in files:
-            _sync(path)
+            sync(path)
         for path in files:
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         drop_empty(made)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place, then rename it into place."""
-    staging = path.with_name(f"{STAGING}-{path.name}")
-    try:
-        staging.write_text(text, encoding="utf-8")
-        _sync(staging)
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
