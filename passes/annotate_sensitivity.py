@@ -1,4 +1,4 @@
-"""Score every removable unit by the rise of the loss when it is removed.
+"""Score every removable unit by the rise in loss when it is removed.
 
 Before:
     get_attr conv1.weight

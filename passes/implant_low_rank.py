@@ -116,7 +116,7 @@ class ImplantLowRank(Pass):
         whole = site.macs(len(rows))
         cheaper = [kind for kind in kinds if kind and site.macs(len(rows), kind) < whole]
         if not cheaper:
-            return "no kind of implant would be cheaper than the outputs that it replaces"
+            return "no type of implant is cheaper than the outputs that it replaces"
         weight = program.tensor(site.weight).detach()[rows]
         bias = None if site.bias is None else program.tensor(site.bias).detach()[rows]
         scale = output_scale(program, site)

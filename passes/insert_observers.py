@@ -144,13 +144,13 @@ class InsertObservers(Pass):
         if not isinstance(weight, fx.Node) or weight.op != "get_attr":
             return "its weight is computed, not stored"
         if named:
-            return "it is to stay in FP32 (option fp32)"
+            return "the option fp32 keeps it in FP32"
         if is_depthwise(layer) and not self.depthwise:
-            return "depthwise convolutions are to stay in FP32 (option depthwise)"
+            return "the option depthwise=false keeps it in FP32"
         if any(packet_of(user) is aten.batch_norm for user in layer.users):
             return "a batch norm follows it; run fold-batchnorm first"
         if not all(map(_reads_as_weight, program.readers(str(weight.target)))):
-            return "its weight has other readers than layers"
+            return "operators other than layers read its weight"
         return None
 
 
@@ -168,8 +168,8 @@ def _stored_names(layer: fx.Node) -> tuple[str, ...]:
 def _slowness(timing: LayerTiming) -> str:
     gain = timing.fp32 / timing.int8 if timing.int8 else 0.0
     return (
-        f"INT8 does not pay here: {timing.int8:.0f} us against {timing.fp32:.0f} us in FP32 "
-        f"({gain:.2f}x), conversions aside"
+        f"INT8 is not faster here: {timing.int8:.0f} us against {timing.fp32:.0f} us in FP32 "
+        f"({gain:.2f}x), without conversions"
     )
 
 

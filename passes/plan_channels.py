@@ -116,13 +116,13 @@ class PlanChannels(Pass):
     def run(self, program: Program, context: Context) -> Outcome:
         """Solve for the budget and record the plan."""
         if not self.targets:
-            raise InputError("plan-channels has no budget; give it macs=50%, or another")
+            raise InputError("plan-channels has no budget; give, for example, macs=50%")
         sensitivity = program.get(SENSITIVITY)
         every = find_groups(program, sensitivity.attention)
         groups, skips = candidates(every, sensitivity, self.protect)
         if not groups:
             why = "; ".join(sorted({skip.reason for skip in skips})[:3]) or "there are no groups"
-            raise BudgetError(f"nothing may be removed, so no budget can be met: {why}")
+            raise BudgetError(f"no unit can be removed, so no budget can be met: {why}")
         orders = [cheapest_first(sensitivity, group) for group in groups]
 
         def to_remove(removed: Ints) -> dict[Group, list[int]]:

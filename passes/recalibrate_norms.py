@@ -57,7 +57,7 @@ class RecalibrateNorms(Pass):
         """Measure and replace; changes counts the norms."""
         norms = norms_of(program)
         skips = tuple(
-            Skip(node.name, "an instance norm's statistics are its own sample's")
+            Skip(node.name, "an instance norm computes its statistics from each sample")
             for node in program.graph.nodes
             if node.target is aten.instance_norm.default and isinstance(node.args[3], fx.Node)
         )

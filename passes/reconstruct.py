@@ -144,16 +144,18 @@ class Reconstruct(Pass):
         if samples * cost(dense).macs <= AFFORDABLE:
             return AHEAD, []
         return 0, [
-            "reconstruct solved for every layer and did not look ahead, which would take long; "
-            f"reconstruct{{lookahead={AHEAD}}} in a pipeline of your own asks for it"
+            "reconstruct re-fitted every layer but did not look ahead, because that would take "
+            f"long; to look ahead, write reconstruct{{lookahead={AHEAD}}} in your own pipeline"
         ]
 
     def _check(self, program: Program) -> None:
         if not self.lookahead:
-            raise InputError("solver=paper looks ahead; give lookahead=20, say")
+            raise InputError("solver=paper needs a lookahead; give, for example, lookahead=20")
         removed = program.facts.get(REMOVED.name)
         if removed is not None and any(removed.kept.values()):
-            raise InputError("solver=paper is for masks: dense later layers do not fit what is cut")
+            raise InputError(
+                "solver=paper needs masks: after removal, the dense later layers do not fit"
+            )
 
     def _round(
         self, program: Program, dense: Program, context: Context, lookahead: int
@@ -170,7 +172,7 @@ class Reconstruct(Pass):
                 self.batch_size, task.most_samples(half), self._quick(program, lookahead)
             )
             total = self._enter(task, context, size, program) if len(task) else 0
-            text = f"looking {lookahead} operations ahead" if lookahead else "reconstructing"
+            text = f"looking {lookahead} operators ahead" if lookahead else "reconstructing"
             work = context.progress.track(task.mend(), text, len(task))
             mended = [layer for layer in work if layer is not None]
         told = {

@@ -111,7 +111,7 @@ class RemoveBlocks(Pass):
 
         tracked = remove_blocks(program, limit, shift, allows)
         for one in context.progress.track(tracked, "removing residual branches"):
-            left = f"{one.macs / whole:.0%} of the multiply-accumulates left"
+            left = f"{one.macs / whole:.0%} of the multiply-accumulates remain"
             context.progress.say(f"removed {one.title}: {left}")
             yield one
 
@@ -156,5 +156,5 @@ def _checked(before: Program, after: Program, gone: tuple[Gone, ...]) -> float:
 def _table(gone: tuple[Gone, ...]) -> ReportTable:
     """What went, for the report."""
     rows = [(one.title, f"{len(one.weights)}", f"{one.macs:,}", f"{one.shift:.3g}") for one in gone]
-    columns = "branch", "tensors", "MACs left", "output change"
+    columns = "branch", "tensors", "remaining MACs", "output change"
     return ReportTable("Residual branches removed, in order", columns, tuple(rows))

@@ -108,14 +108,16 @@ class Sparsify(Pass):
     def _check(self) -> None:
         if blocks_of(self.pattern) is None and self.pattern not in PATTERNS:
             raise InputError(
-                f"sparsify has no pattern '{self.pattern}'; it has 2:4 and the like, "
+                f"sparsify has no pattern '{self.pattern}'; the patterns are N:M, such as 2:4, "
                 f"{', '.join(PATTERNS)}"
             )
         for name in ("sparsity", "cap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to 1")
         if (self.pattern == "file") != bool(self.file):
-            raise InputError("give file=masks.safetensors with pattern=file, and only then")
+            raise InputError(
+                "give file=masks.safetensors with pattern=file, and only with this pattern"
+            )
 
     def _choose(self, program: Program, skips: list[Skip]) -> Iterator[Layer]:
         """The layers that are masked; says of the others why not."""
@@ -128,7 +130,7 @@ class Sparsify(Pass):
             if layer.weight in protected:
                 skips.append(Skip(layer.node.name, "protected by the user"))
             elif blocks and inputs % blocks[1]:
-                reason = f"its {inputs} inputs per group are no multiple of {blocks[1]}"
+                reason = f"its {inputs} inputs per group are not a multiple of {blocks[1]}"
                 skips.append(Skip(layer.node.name, reason))
             else:
                 yield layer

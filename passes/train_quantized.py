@@ -143,9 +143,9 @@ class TrainQuantized(Pass):
         note = f"rounding changes {found.gaps[0]:.2f} % of predictions"
         if found.weights:
             left = ", ".join(found.weights)
-            note += f", and {found.gaps[-1]:.2f} % with these layers in floating point: {left}"
+            note += f", and {found.gaps[-1]:.2f} % with these layers in FP32: {left}"
         if found.gaps[0] - found.gaps[-1] < min(self.recover, found.gaps[0]):
-            note += f"; that is less than the {self.recover:g} points asked for"
+            note += f"; that recovers less than the {self.recover:g} points requested"
         details = {
             "sensitivity": dict(found.costs),
             "floats": list(found.weights),
@@ -179,5 +179,5 @@ def _table(costs: Mapping[str, float], floats: Collection[str] = ()) -> ReportTa
         (name, f"{cost:.2e}", f"{100 * cost / whole:.1f} %", "FP32" if name in floats else "INT8")
         for name, cost in costs.items()
     ]
-    columns = "layer", "rise of the loss", "share", "runs as"
-    return ReportTable("What rounding costs, to second order", columns, tuple(rows))
+    columns = "layer", "rise in loss", "share", "runs as"
+    return ReportTable("Loss caused by rounding, to second order", columns, tuple(rows))

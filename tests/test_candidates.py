@@ -68,10 +68,10 @@ def test_int8_is_kept_if_it_is_faster_and_as_accurate() -> None:
     ("found", "why"),
     [
         (chosen(0.8), "INT8 is not faster than FP32 (0.80x)"),
-        (chosen(accuracy=0.89), "INT8 loses 1.00 percentage points of accuracy more"),
+        (chosen(accuracy=0.89), "INT8 loses 1.00 percentage points more accuracy"),
         (
             chosen(accuracy=0.897, lowest=0.899),
-            "INT8 loses 0.30 percentage points of accuracy more, beyond max-drop",
+            "INT8 loses 0.30 percentage points more accuracy, beyond max-drop",
         ),
         (chosen(failed=("int8_fused",)), "INT8 failed the check int8_fused"),
     ],
@@ -181,7 +181,7 @@ def test_a_model_without_layers_to_quantize_stays_fp32(
 
     precision = compiled(Scaled(), monkeypatch, 2.0, target="params=75%").report.precision
     assert precision is not None
-    assert precision.summary == "kept FP32: no layer of this model can be quantized"
+    assert precision.summary == "kept FP32: no layer of this model can be quantised"
 
 
 def test_fp32_that_was_asked_for_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:

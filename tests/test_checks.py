@@ -38,9 +38,11 @@ def test_mixed_units_are_not_claimed() -> None:
     program = trace(model, (torch.randn(1, 5),))
     check = check_removal(program, find_groups(program), 0)
     assert not check.ran
-    assert check.note == "every group's units are mixed by a norm"
+    assert check.note == "a normalisation mixes the units of every group"
     alone = trace(nn.Linear(5, 3), (torch.randn(1, 5),))
-    assert check_removal(alone, find_groups(alone), 0).note == "there is no group to remove"
+    assert (
+        check_removal(alone, find_groups(alone), 0).note == "there is no group with removable units"
+    )
 
 
 def test_removal_that_is_not_exact_names_the_group(

@@ -168,7 +168,7 @@ def test_a_drop_beyond_the_limit_is_not_ok() -> None:
     assert check.ran
     assert check.value is not None
     assert check.passed == (check.value <= 1e-9)
-    assert "no labels: accuracy is agreement with the dense model" in report.notes
+    assert "the data has no labels: accuracy is the agreement with the dense model" in report.notes
     assert report.before.accuracy == 1.0
 
 

@@ -66,7 +66,7 @@ def test_without_labels_the_dense_model_is_the_judge(program: Program) -> None:
     dense = run_program(program)
     found = evaluate(run_program(other), samples(x), reference=dense, batch_size=4)
     assert found.accuracy == pytest.approx(share)
-    assert found.note == "no labels: accuracy is agreement with the dense model"
+    assert found.note == "the data has no labels: accuracy is the agreement with the dense model"
     assert evaluate(dense, samples(x), reference=dense).accuracy == 1.0
     assert evaluate(dense, samples(x)).accuracy is None
 

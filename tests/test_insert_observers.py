@@ -91,7 +91,7 @@ def declined(model: nn.Module, x: Tensor) -> dict[str, str]:
 def test_declines_weights_that_others_read_or_that_are_computed() -> None:
     assert declined(Shares(), torch.tensor([[1, 2], [3, 4]])) == {
         "linear": "its weight is computed, not stored",
-        "linear_1": "its weight has other readers than layers",
+        "linear_1": "operators other than layers read its weight",
     }
 
 
@@ -104,7 +104,7 @@ def test_declines_a_convolution_with_a_norm_behind_it() -> None:
 def test_depthwise_convolutions_are_left_if_asked_for(depthwise: bool) -> None:
     program = trace(nn.Conv2d(3, 6, 3, groups=3), IMAGE)
     outcome = InsertObservers(depthwise=depthwise, measure=False)(program, Context())
-    reason = "depthwise convolutions are to stay in FP32 (option depthwise)"
+    reason = "the option depthwise=false keeps it in FP32"
     assert outcome.skips == (() if depthwise else (Skip("conv2d", reason),))
     assert outcome.changes == (3 if depthwise else 0)
 

@@ -80,7 +80,7 @@ def test_refuses(text: str, hint: Any, reason: str) -> None:
     ("text", "caret", "reason"),
     [
         ("[a", 2, "expected ',' or ']' in a list, found the end"),
-        ('"abc', 0, "the quotation mark is never closed"),
+        ('"abc', 0, "the quotation mark is not closed"),
         ("{a}", 2, "expected '=' after 'a', found '}'"),
         ("{a=1,a=2}", 5, "option 'a' is given twice"),
         ("{a=}", 3, "expected a value"),

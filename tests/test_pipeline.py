@@ -103,7 +103,7 @@ def test_no_change_drops_nothing(program: Program) -> None:
 @pytest.mark.parametrize(
     ("steps", "reason"),
     [
-        ([Plan()], "pass 1, plan, reads 'score', and nothing before it gives that"),
+        ([Plan()], "pass 1, plan, reads 'score', and no earlier pass gives it"),
         ([Score(), Shift(), Plan()], "pass 3, plan, reads 'score', which shift before it does not"),
     ],
 )

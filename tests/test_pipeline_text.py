@@ -89,7 +89,7 @@ def test_defaults_are_left_out() -> None:
         ("score{probes=x}", 13, "in score: option 'probes': expected a whole number, not 'x'"),
         ("scor", 0, "there is no pass 'scor'; did you mean score?"),
         ("score cut", 6, "expected ',' between passes, found 'c'"),
-        ("score,", 6, "expected a pass's name"),
+        ("score,", 6, "expected the name of a pass"),
         ("scale", 0, "scale needs the option 'by'"),
         ("score,cut{macs=0}", 6, "in cut: macs must be above 0"),
     ],
@@ -97,7 +97,7 @@ def test_defaults_are_left_out() -> None:
 def test_a_caret_stands_under_the_fault(text: str, caret: int, reason: str) -> None:
     with pytest.raises(InputError) as caught:
         parse(text, KNOWN)
-    message = f"the pipeline's text is wrong: {reason}\n    {text}\n    {' ' * caret}^"
+    message = f"cannot parse the pipeline: {reason}\n    {text}\n    {' ' * caret}^"
     assert str(caught.value) == message
 
 

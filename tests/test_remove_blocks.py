@@ -107,7 +107,7 @@ def test_what_is_protected_stays(pattern: str) -> None:
 @pytest.mark.parametrize(
     ("step", "error", "reason"),
     [
-        (RemoveBlocks(macs="1%"), BudgetError, "without any residual branch that may go"),
+        (RemoveBlocks(macs="1%"), BudgetError, "remain after all removable residual branches"),
         (RemoveBlocks(protect=("layer9",)), InputError, "no residual branch matches 'layer9'"),
     ],
 )

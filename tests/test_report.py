@@ -102,7 +102,7 @@ def test_the_table_tells_all() -> None:
     print_report(report(met=False), Console(file=out, width=120))
     text = out.getvalue()
     lines = {line.partition("  ")[0]: " ".join(line.split()) for line in text.splitlines()}
-    assert lines["parameters"] == "parameters 100 60 60.0 % left"
+    assert lines["parameters"] == "parameters 100 60 60.0 % of before"
     assert lines["latency, ms"] == "latency, ms 2.000 - 1.50x as fast (1.20 to 1.90)"
     assert lines["accuracy"] == "accuracy 90.00 % 87.50 % -2.50 points"
     assert "target macs=50%: 600 of at most 500, NOT MET" in text

@@ -53,7 +53,7 @@ def test_blocks_run_along_the_inputs(pattern: str, blocks: tuple[int, int]) -> N
         assert torch.equal(weight(program, name) != 0, keep[name])
     assert outcome.changes == 3
     reasons = [skip.reason for skip in outcome.skips]
-    assert reasons == [f"its {n} inputs per group are no multiple of 4" for n in (3, 1)]
+    assert reasons == [f"its {n} inputs per group are not a multiple of 4" for n in (3, 1)]
     assert Sparsify(pattern=pattern)(program, Context()).changes == 0
 
 

@@ -130,7 +130,7 @@ def test_layers_are_left_in_floating_point_until_predictions_are_won_back(
     assert set(program.get(CALIBRATED).layers.values()) == before - set(left)
     rounded = {site.value.target for site in fakes(program) if site.symmetric}
     assert rounded == before - set(left)
-    assert f"1.00 % with these layers in floating point: {', '.join(left)}" in str(outcome.notes)
+    assert f"1.00 % with these layers in FP32: {', '.join(left)}" in str(outcome.notes)
     (table,) = outcome.tables
     assert {row[0] for row in table.rows if row[-1] == "FP32"} <= set(left)
     assert error(program, context) < 0.15

@@ -66,7 +66,7 @@ MUTANTS = (
     Mutant(
         "softmax: the dimension that it shares out may shrink",
         "fxprune/structure/rules/normalisation.py",
-        '    flow.freeze(node, operand.at(dim), "a softmax shares one unit of mass along it")\n',
+        '    flow.freeze(node, operand.at(dim), "a softmax normalises along it")\n',
         "",
         REMOVAL,
     ),

@@ -3,7 +3,7 @@
     python -m tools.rank_study resnet20 --folder DATA --out DIR     # resumable, piece by piece
     python -m tools.rank_study --out DIR --table                    # what has been measured so far
 
-Per network: the measured rise of the loss when one unit goes (units drawn at random, each removed
+Per network: the measured rise in loss when one unit goes (units drawn at random, each removed
 alone), its rank correlation with every criterion, and the accuracy after removal at equal
 multiply-accumulates, as cut and after recalibrating batch norms, for several draws of the
 calibration data. Every figure is a file in the output folder; what is there is not measured again.
@@ -100,7 +100,7 @@ class Study:
         return json.loads(path.read_text())
 
     def truth(self) -> dict[str, Any]:
-        """Measure the rise of the loss with one unit removed, for units drawn at random."""
+        """Measure the rise in loss with one unit removed, for units drawn at random."""
         groups = [group for group in find_groups(self.program) if group.frozen_because is None]
         gated = GatedProgram.of(self.program, groups)
         chosen = np.random.default_rng(0).permutation(gated.units)[: self.network.units]

@@ -81,8 +81,8 @@ def factorise(systems: Tensor) -> Tensor:
         systems = systems + ((failed > 0) * level).view(-1, 1, 1) * eye
     what = "definite" if bool(systems.isfinite().all()) else "finite"
     raise FxpruneError(
-        f"the second moments of what a layer reads are not {what}; look for values that are "
-        "infinite, not numbers, or out of all proportion in the model or in the calibration data"
+        f"the second moments of a layer's inputs are not {what}; check the model and "
+        "the calibration data for infinite, NaN or extremely large values"
     )
 
 

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fxprune.errors import InputError
+from fxprune.graph.notebook import plural
 from fxprune.models.preprocessing import ROUNDING, CropMode, Preprocessing
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"})
@@ -117,7 +118,8 @@ class Scaling:
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, channels):
                 raise InputError(
-                    f"--{name} has {len(values)} values, but the images have {channels} channels; "
+                    f"--{name} has {plural(len(values), 'value')}, but the images have "
+                    f"{plural(channels, 'channel')}; "
                     "give one value per channel, or one value for all"
                 )
         if min(std) <= 0:

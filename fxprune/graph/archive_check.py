@@ -60,7 +60,7 @@ def check_exported(path: Path) -> None:
     """
     with zipfile.ZipFile(path) as archive:
         if len(names := archive.namelist()) != len(set(names)):
-            raise _refusal(path, "it holds two files of one name")
+            raise _refusal(path, "it holds two files with the same name")
         for name in names:
             inner = name.partition("/")[2]
             if not PLAIN_FILES.fullmatch(inner):
@@ -75,8 +75,8 @@ def check_exported(path: Path) -> None:
 
 def _refusal(path: Path, reason: str) -> InputError:
     return InputError(
-        f"{path} is refused: {reason}, so that loading it could run code; export the model again "
-        "with torch.export.save, or pass --trust-pickle if you trust where the file came from"
+        f"{path} is refused: {reason}, so loading it could execute code; export the model again "
+        "with torch.export.save, or pass --trust-pickle if you trust the source of the file"
     )
 
 

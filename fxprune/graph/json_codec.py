@@ -55,7 +55,7 @@ def operator_name(target: Any) -> str:
         return str(target)
     if target in _NAMES:
         return _NAMES[target]
-    raise InputError(f"{target} cannot be saved; a program calls operators of torch.ops only")
+    raise InputError(f"{target} cannot be saved; a program may only call operators of torch.ops")
 
 
 def resolve_operator(name: str) -> Any:
@@ -74,7 +74,8 @@ def resolve_operator(name: str) -> Any:
         found = getattr(found, part, None) if part.isidentifier() else None
     if not isinstance(found, torch._ops.OpOverload):
         raise InputError(
-            f"'{name}' is not an operator here; if it is a custom one, import its library first"
+            f"'{name}' is not a known operator; if it is a custom operator, import its library "
+            "first"
         )
     return found
 
@@ -147,7 +148,9 @@ class Decoder:
         if "fact" in value:
             kind = _FACTS.get(value["fact"])
             if kind is None:
-                raise InputError(f"the file holds a fact '{value['fact']}' that is not known here")
+                raise InputError(
+                    f"the file holds a fact '{value['fact']}' that this version does not know"
+                )
             return kind(**{name: self.decode(item) for name, item in value["fields"].items()})
         ((kind, content),) = value.items()
         return self._decode(kind, content)
@@ -172,4 +175,4 @@ class Decoder:
                 return {self.decode(key): self.decode(item) for key, item in content}
         if kind in _TORCH and isinstance(found := getattr(torch, content, None), _TORCH[kind]):
             return found
-        raise InputError(f"the file holds a '{kind}' that is not known here")
+        raise InputError(f"the file holds a '{kind}' that this version does not know")

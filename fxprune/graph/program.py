@@ -176,7 +176,8 @@ class Program:
             old, new = before[node.name], node.meta.get("val")
             if isinstance(old, Tensor) and isinstance(new, Tensor) and old.shape != new.shape:
                 raise PostconditionError(
-                    f"node {node.name} was recorded as {tuple(old.shape)} but is {tuple(new.shape)}"
+                    f"node {node.name} was recorded with the shape {tuple(old.shape)}, but has "
+                    f"{tuple(new.shape)}"
                 )
 
 

@@ -61,11 +61,11 @@ def load(path: str | Path) -> Program:
         safetensors.SafetensorError,
     ) as error:
         raise InputError(
-            f"{path} is not a whole fxprune program ({error}); write it again with fxprune.save"
+            f"{path} is not a complete fxprune program ({error}); write it again with fxprune.save"
         ) from error
     if content.get("format") != FORMAT:
         raise InputError(
-            f"{path} is of format {content.get('format')}, and this version reads {FORMAT}"
+            f"{path} has the format {content.get('format')}, but this version reads {FORMAT}"
         )
     try:
         return _rebuild(content, Decoder(tensors))
@@ -169,7 +169,7 @@ def _rebuild(content: dict[str, Any], decoder: Decoder) -> Program:
     for entry in content["nodes"]:
         is_call = entry["op"] == "call_function"
         if entry["op"] not in ("placeholder", "get_attr", "call_function", "output"):
-            raise InputError(f"node {entry['name']} is of kind {entry['op']}, which no program has")
+            raise InputError(f"node {entry['name']} has the unknown kind {entry['op']}")
         node = graph.create_node(
             entry["op"],
             resolve_operator(entry["target"]) if is_call else entry["target"],

@@ -123,7 +123,8 @@ def _check_that_it_runs(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         ]
         raise TraceError(
             f"{type(model).__name__} does not run on inputs of {', '.join(shapes)} (a batch of "
-            f"samples): {str(error).strip().splitlines()[0]}; give it what it was trained on"
+            f"samples): {str(error).strip().splitlines()[0]}; give it inputs like those it was "
+            "trained on"
         ) from error
 
 

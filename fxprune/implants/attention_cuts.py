@@ -56,5 +56,5 @@ def _of_width(drafts: tuple[Draft, ...], group: Group, numbers: list[int]) -> It
         yield Cut(drafts, rank, group, numbers[rank:])
         return
     for draft in drafts:
-        reason = "no smaller rank leaves as little unexplained as is asked"
+        reason = "no smaller rank keeps the unexplained part below the limit"
         yield Skip(f"{draft.attention.node.name}, {draft.product}", reason)

@@ -86,7 +86,7 @@ def _attention(program: Program, node: fx.Node) -> Attention:
     given = arguments(node)
     operands = [given[name] for name in ("query", "key", "value")]
     if len({shape_of(operand)[:-2] for operand in operands}) > 1:
-        reason = "several heads of queries share one of keys"
+        reason = "several query heads share one key head"
         return Attention(node, reason, reason, reason, reason)
     query, key, value = (_source(program, node, operand) for operand in operands)
     return Attention(node, query, key, value, _reader(program, node))
@@ -110,7 +110,7 @@ def _source(program: Program, node: fx.Node, operand: fx.Node) -> Projection | s
     if packet_of(call) is not aten.linear:
         return f"{call.name} ({call.target}) lies between it and a linear layer"
     if beside := _read_beside(call, node):
-        return f"{beside.name} ({beside.target}) reads what {call.name} makes as well"
+        return f"{beside.name} ({beside.target}) also reads the output of {call.name}"
     given = arguments(call)
     ids = torch.arange(shape_of(call)[-1]).expand(shape_of(call)).contiguous()
     return _projection(program, call, given, _moved(path, ids))
@@ -128,13 +128,13 @@ def _reader(program: Program, node: fx.Node) -> Projection | str:
             break
         path.append(user)
     if packet_of(user) is not aten.linear or user.args[0] is not path[-1]:
-        return f"{user.name} ({user.target}) reads it, which is no linear layer"
+        return f"{user.name} ({user.target}) reads it and is not a linear layer"
     heads, width = shape_of(node)[-3], shape_of(node)[-1]
     ids = torch.arange(heads * width).view(heads, 1, width).expand(shape_of(node)).contiguous()
     spread = _moved(path[::-1], ids)
     last = spread.reshape(-1, spread.shape[-1])
     if len(last[0]) != heads * width or not bool((last == last[0]).all()):
-        return f"{user.name} reads heads of several tokens at once"
+        return f"{user.name} reads the heads of several tokens together"
     places = last[0].argsort().view(1, heads, 1, width)
     return _projection(program, user, arguments(user), places, dim=1)
 
@@ -143,12 +143,12 @@ def _projection(
     program: Program, call: fx.Node, given: dict[str, Any], ids: Tensor, dim: int = 0
 ) -> Projection | str:
     if ids.dim() < 3:
-        return "its heads lie in no dimension of their own"
+        return "its heads are not a separate dimension"
     table = ids.flatten(0, -4)[0, :, 0] if ids.dim() > 3 else ids[:, 0]
     if not bool((ids == table.unsqueeze(1)).all()):
-        return f"what {call.name} makes is laid out differently from token to token"
+        return f"the layout of the output of {call.name} differs between tokens"
     if len(table.unique()) < table.numel():
-        return f"several heads share what {call.name} makes"
+        return f"several heads share the output of {call.name}"
     weight, bias = given["weight"], given["bias"]
     for part in (weight, bias):
         if isinstance(part, fx.Node) and part.op != "get_attr":
@@ -206,11 +206,11 @@ def positions(
         for slot in group.slots:
             whole = np.unique(group.places(slot)[1]).tolist()
             if not slot.tensor.startswith("node:") and sorted(held.get(slot, ())) != whole:
-                return f"{slot} holds other parts of attention, which would have to shrink alike"
+                return f"{slot} holds other parts of attention, which would have to shrink too"
         if any(_units(group, Slot(part.weight, part.dim), part) != units for part in parts):
-            return "its positions lie differently in the two layers"
+            return "its positions have a different order in the two layers"
         return group, units
-    return "its positions cannot be removed from every head alike"
+    return "the same positions cannot be removed from every head"
 
 
 def _held(parts: Sequence[Projection]) -> dict[Slot, list[int]]:

@@ -78,7 +78,9 @@ def _unit(site: Site) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _pointwise(site: Site, rows: Tensor, covariance: Tensor, ridge: float) -> Fitted:
     if site.centre is None:
-        raise InputError(f"the kernel of {site.node.name} has no centre for a 1 x 1")
+        raise InputError(
+            f"the kernel of {site.node.name} has no centre tap for a 1 x 1 convolution"
+        )
     one, _ = _unit(site)
     eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
     reads = eye[site.centre :: site.taps]

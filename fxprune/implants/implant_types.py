@@ -58,7 +58,7 @@ class Kind:
         """
         name, _, rank = text.partition(":")
         if name not in NAMES or (name in RANKED) != rank.isdecimal():
-            raise InputError(f"'{text}' is no kind of implant; there are {', '.join(NAMES)}")
+            raise InputError(f"'{text}' is not a type of implant; the types are {', '.join(NAMES)}")
         return cls(name, int(rank or 0))
 
 
@@ -164,7 +164,7 @@ def site_of(program: Program, node: fx.Node) -> Site | str:
     if known.kind == "linear":
         return Site(node, *names, shape_of(weight)[1], ())
     if given["groups"] != 1:
-        return "it has groups, and its outputs read few channels already"
+        return "it is a grouped convolution: its outputs already read few channels"
     kernel = shape_of(weight)[2:]
     if len(kernel) > 2:
         return f"{node.target} has no implants"

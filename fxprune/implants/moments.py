@@ -65,5 +65,5 @@ def measure(
         return call.value()
 
     hooks = dict.fromkeys(by_node, measure_input)
-    record(program, context, stream, hooks, "measuring what layers read")
+    record(program, context, stream, hooks, "measuring inputs of layers")
     return found

@@ -45,7 +45,7 @@ def implant_share(value: float | str) -> float | None:
     if value == "auto":
         return None
     if isinstance(value, str) or not 0 <= value <= 1:
-        raise InputError(f"implant-ratio is {value}; it must be auto or lie between 0 and 1")
+        raise InputError(f"implant-ratio is {value}; it must be auto or a number between 0 and 1")
     return value
 
 
@@ -90,7 +90,9 @@ def plan_tiers(
 
     """
     if "latency_ms" in problem.costs.quantities:
-        raise InputError("implants cannot be planned for a latency; give a budget of macs or size")
+        raise InputError(
+            "implants cannot be planned for a latency budget; give a budget of macs, params or size"
+        )
     model, ratio = cost_model(program, groups), implant_share(options.implant_ratio)
     scores = [scores_in_order(sensitivity, group, options.normalize) for group in groups]
     orders = [cheapest_first(sensitivity, group) for group in groups]

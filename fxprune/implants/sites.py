@@ -72,7 +72,7 @@ def units_last(program: Program, chosen: Chosen) -> tuple[Chosen, list[Skip]]:
     }
     stuck = [group for group, order in orders.items() if order != sorted(order)]
     skips = [
-        Skip(group.name, "the order of its units matters, so they are not made contiguous")
+        Skip(group.name, "the order of its units matters, so they cannot be made contiguous")
         for group in stuck
         if group not in moved
     ]

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from fxprune.errors import InputError
 from fxprune.graph import serialize
 from fxprune.graph.archive_check import check_exported
+from fxprune.graph.notebook import plural
 from fxprune.graph.program import Program
 from fxprune.graph.trace import from_exported
 from fxprune.models.compat import enable_torchvision
@@ -56,8 +57,8 @@ def load_model(
     state = state_of(content, path)
     if arch is None:
         raise InputError(
-            f"{path} holds weights only ({len(state)} tensors); name their architecture with "
-            "--arch torchvision:NAME, timm:NAME or package.module:factory"
+            f"{path} holds weights only ({plural(len(state), 'tensor')}); name their "
+            "architecture with --arch torchvision:NAME, timm:NAME or package.module:factory"
         )
     model = build(arch, options or {})
     fit(model, state, path, arch)

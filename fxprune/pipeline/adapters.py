@@ -54,7 +54,7 @@ def _program(graph_module: fx.GraphModule, like: Program | None) -> Program:
         if not isinstance(node.meta.get("val"), Tensor):
             raise InputError(
                 f"the input {node.name} has no recorded shape; trace the model with fxprune.trace, "
-                "or hand its program over as like="
+                "or pass its program as like="
             )
     values = [node.meta["val"] for node in placeholders]
     inputs = tuple(torch.zeros(v.shape, dtype=v.dtype, device=v.device) for v in values)

@@ -63,9 +63,9 @@ class Pipeline:
         for position, step in enumerate(self.passes, start=1):
             if missing := sorted(step.needs - known, key=lambda fact: fact.name):
                 reasons = [
-                    f"'{fact.name}', which {dropped[fact].name} before it does not keep"
+                    f"'{fact.name}', which the earlier pass {dropped[fact].name} does not keep"
                     if fact in dropped
-                    else f"'{fact.name}', and nothing before it gives that"
+                    else f"'{fact.name}', and no earlier pass gives it"
                     for fact in missing
                 ]
                 raise OrderError(f"pass {position}, {step.name}, reads {'; '.join(reasons)}")

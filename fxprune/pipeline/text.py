@@ -35,7 +35,7 @@ def parse(text: str, known: Known) -> Pipeline:
         OrderError: the passes are in an order that cannot work.
 
     """
-    scanner = Scanner(text, "the pipeline's text is wrong")
+    scanner = Scanner(text, "cannot parse the pipeline")
     steps = [_parse_pass(scanner, known)]
     while scanner.peek():
         scanner.expect(",", "between passes")
@@ -46,7 +46,7 @@ def parse(text: str, known: Known) -> Pipeline:
 def _parse_pass(scanner: Scanner, known: Known) -> Pass:
     scanner.peek()
     start = scanner.at
-    name = scanner.word("a pass's name")
+    name = scanner.word("the name of a pass")
     if name not in known:
         raise scanner.fail(_unknown("pass", name, known), start)
     options = scanner.options() if scanner.peek() == "{" else []
@@ -96,7 +96,7 @@ def make(
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
     if near := difflib.get_close_matches(name, known, n=2, cutoff=0.5):
         return f"there is no {what} '{name}'; did you mean {' or '.join(near)}?"
-    return f"there is no {what} '{name}'; there are {', '.join(sorted(known)) or 'none'}"
+    return f"there is no {what} '{name}'; known: {', '.join(sorted(known)) or 'none'}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def read_recipe(text: str, known: Known, name: str = "the recipe") -> Recipe:
         raise InputError(f"{name} is not TOML: {error}") from error
     if extra := sorted(set(content) - {"run", "pass"}):
         raise InputError(
-            f"{name} has the unknown part '{extra[0]}'; it may have [run] and [[pass]]"
+            f"{name} has the unknown section '{extra[0]}'; the sections are [run] and [[pass]]"
         )
     tables, run = content.get("pass", []), content.get("run", {})
     if not isinstance(tables, list) or not isinstance(run, dict):

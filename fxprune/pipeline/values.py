@@ -88,11 +88,11 @@ class Scanner:
 
     def _quoted(self) -> Quoted:
         if (match := _QUOTED.match(self.text, self.at)) is None:
-            raise self.fail("the quotation mark is never closed")
+            raise self.fail("the quotation mark is not closed")
         try:
             text = json.loads(match.group())
         except ValueError as error:
-            raise self.fail(f"the quoted text is wrong ({error})") from error
+            raise self.fail(f"the quoted text is invalid ({error})") from error
         self.at = match.end()
         return Quoted(text)
 
@@ -105,7 +105,7 @@ class Scanner:
                 self.expect(",", "or '}' after an option")
             self.peek()
             start = self.at
-            name = self._quoted() if self.peek() == '"' else self.word("an option's name")
+            name = self._quoted() if self.peek() == '"' else self.word("the name of an option")
             if name in {known for known, _, _ in found}:
                 raise self.fail(f"option '{name}' is given twice", start)
             self.expect("=", f"after '{name}'")

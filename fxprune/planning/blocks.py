@@ -73,8 +73,9 @@ def remove_blocks(
             heapq.heapreplace(queue, (bounds[name], name))
         if not queue:
             raise BudgetError(
-                f"{readable('macs', left)} are left without any residual branch that may go, and "
-                f"the budget allows {readable('macs', limit)}; allow more, or protect less"
+                f"{readable('macs', left)} remain after all removable residual branches are "
+                f"removed, but the budget allows {readable('macs', limit)}; raise the budget, or "
+                "protect fewer branches"
             )
         chosen = judged[queue[0][1]]
         remove_branch(program, branches[chosen.add])

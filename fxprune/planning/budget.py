@@ -86,7 +86,7 @@ class Target:
         name, sign, amount = text.partition("=")
         if name.strip() not in QUANTITIES:
             names = ", ".join(QUANTITIES)
-            raise scanner.fail(f"'{name.strip()}' is none of {names}", start)
+            raise scanner.fail(f"'{name.strip()}' is not a target; the targets are {names}", start)
         if not sign:
             raise scanner.fail(f"expected '=' and an amount after '{name.strip()}'", len(text))
         place = len(name) + 1 + len(amount) - len(amount.lstrip())
@@ -109,10 +109,10 @@ class Target:
         text = str(amount).strip().replace("_", "")
         match = _AMOUNT.fullmatch(text)
         if match is None:
-            raise InputError(f"'{text}' is no amount of {name}; write {_EXAMPLES[name]}")
+            raise InputError(f"'{text}' is not a valid {name} budget; write {_EXAMPLES[name]}")
         number, suffix = float(match["number"]), match["suffix"].upper()
         if number <= 0:
-            raise InputError(f"{name} must be left above zero, not '{text}'")
+            raise InputError(f"{name} must stay above zero, not '{text}'")
         if suffix == "%":
             return cls._fraction(name, number / 100, text)
         if suffix == "X":
@@ -122,7 +122,7 @@ class Target:
         if not suffix and name in ("params", "macs"):
             return cls(name, number, relative=False)
         if suffix not in _SUFFIXES[name]:
-            what = f"'{match['suffix']}' is no unit" if suffix else f"'{text}' needs a unit"
+            what = f"'{match['suffix']}' is not a unit" if suffix else f"'{text}' needs a unit"
             raise InputError(f"{what} of {name}; write {_EXAMPLES[name]}")
         return cls(name, round(number * _SUFFIXES[name][suffix], 9), relative=False)
 
@@ -136,7 +136,7 @@ class Target:
     @classmethod
     def _fraction(cls, name: Name, fraction: float, text: str) -> Target:
         if fraction > 1:
-            raise InputError(f"'{text}' asks for more {name} than the dense model has")
+            raise InputError(f"'{text}' allows more {name} than the dense model has")
         return cls(name, fraction, relative=True)
 
 
@@ -154,7 +154,7 @@ class Budget:
     def __post_init__(self) -> None:
         names = [target.name for target in self.targets]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise InputError(f"the budget limits {twice} twice; keep one of the two")
+            raise InputError(f"the budget limits {twice} twice; give only one of the two")
 
     def __str__(self) -> str:
         return ",".join(map(str, self.targets))
@@ -172,7 +172,7 @@ class Budget:
         """
         parts = text.split(",")
         if not text.strip():
-            raise InputError("the budget is empty; write for example macs=50%")
+            raise InputError("the budget is empty; write, for example, macs=50%")
         return cls(tuple(Target.parse(part) for part in parts))
 
 

@@ -42,6 +42,6 @@ def _scores(sensitivity: Sensitivity, group: Group) -> Floats:
     if len(scores) != len(group.units) or not np.isfinite(scores).all():
         raise InputError(
             f"the scores of group {group.name} do not fit its {len(group.units)} units or are not "
-            "finite; annotate the sensitivity of the program as it is now"
+            "finite; run annotate-sensitivity on the current program"
         )
     return scores

@@ -72,7 +72,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not self.max_drop >= 0 or self.trials < 1:
-            raise InputError("a search needs a max-drop of at least 0 points, and one trial")
+            raise InputError(
+                "a search needs a max-drop of at least 0 points and at least one trial"
+            )
 
 
 def search(
@@ -104,10 +106,12 @@ def search(
     """
     planners = [number for number, step in enumerate(pipeline.passes) if PLAN in step.gives]
     if not planners:
-        raise InputError("a search by max-drop needs a pass that plans within a budget")
+        raise InputError(
+            "a search with max-drop needs a pass that plans for a budget, such as plan-channels"
+        )
     dense = judge(program)
     if dense is None:
-        raise InputError("a search by max-drop needs evaluation data with classes")
+        raise InputError("a search with max-drop needs evaluation data with class labels")
     context = replace(context, dense=context.dense or program.copy())
     prepared = program.copy()
     Pipeline(pipeline.passes[: planners[0]]).run(prepared, context)
@@ -127,7 +131,7 @@ def winner(trials: tuple[Trial, ...], limits: Limits) -> Trial:
     """Return the smallest trial that fits.
 
     Raises:
-        BudgetError: none does; the message tells the best.
+        BudgetError: no trial fits; the message states the best one.
 
     """
     fitting = [trial for trial in trials if trial.fits]
@@ -139,8 +143,8 @@ def winner(trials: tuple[Trial, ...], limits: Limits) -> Trial:
     if nearest is None:
         raise BudgetError(f"{text}none of {len(trials)} budgets could be met; {trials[-1].reason}")
     raise BudgetError(
-        f"{text}{nearest.target} already loses {nearest.drop:.2f}; fine-tune for some epochs, "
-        "allow a larger drop, or more trials"
+        f"{text}{nearest.target} already loses {nearest.drop:.2f}; fine-tune with --epochs N, or "
+        "allow a larger --max-drop"
     )
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fxprune.errors import BudgetError
+from fxprune.graph.notebook import plural
 from fxprune.planning.budget import Target, readable
 from fxprune.planning.cost_evaluator import Floats
 from fxprune.planning.greedy import descend
@@ -74,12 +75,12 @@ def _just_above(problem: Problem, before: Ints, after: Ints) -> Solution:
         raise BudgetError(_cannot_land(problem, before, after))
     values = problem.value(found)
     over = 100 * float((values / problem.limits).max() - 1)
-    note = f"the budget is exceeded by {over:.2g} %, since no cut lands as close below it"
+    note = f"the budget is exceeded by {over:.2g} %, because no plan ends equally close below it"
     return Solution(found, values, problem.total(found), (*_notes(problem, found), note))
 
 
 def _descend(problem: Problem) -> tuple[Ints, Ints]:
-    """Return the last cut above a limit and the first that is not, rounding as long as it goes."""
+    """Return the last cut above a limit and the first below, with rounding while possible."""
     removed = problem.least()
     for rounding in range(len(problem.levels)):
         removed, after = descend(problem, removed, rounding)
@@ -97,7 +98,7 @@ def _notes(problem: Problem, removed: Ints) -> tuple[str, ...]:
             label = problem.labels[allowed.index(True)] if any(allowed) else "the finest"
             notes.append(
                 f"{problem.names[number]} keeps {kept} of {total} units, a width "
-                f"rounded to {label} instead of {problem.labels[0]}, to land on the budget"
+                f"rounded to {label} instead of {problem.labels[0]}, to meet the budget"
             )
     return tuple(notes)
 
@@ -108,20 +109,21 @@ def _out_of_reach(problem: Problem, values: Floats) -> str:
     worst = int(share.argmax())
     quantity, limit = problem.costs.quantities[worst], float(problem.limits[worst])
     text = (
-        f"the budget allows {readable(quantity, limit)}, but with every group as narrow as "
-        f"it may become {readable(quantity, float(values[worst]))} remain; "
+        f"the budget allows {readable(quantity, limit)}, but with every group at its smallest "
+        f"width, {readable(quantity, float(values[worst]))} remain; "
     )
     if bare[worst] > limit:
         return text + (
             f"with one unit per group it would still be {readable(quantity, float(bare[worst]))}, "
-            "the rest being in layers that cannot shrink: ask for a larger budget, or see "
+            "because the rest is in layers that cannot shrink: raise the budget, or see "
             "'fxprune inspect' for what is frozen and why"
         )
     tight = np.flatnonzero(problem.most() < problem.sizes - 1)
     names = ", ".join(problem.names[number] for number in tight[:3])
     return text + (
-        f"what stops it is the least width of {len(tight)} groups ({names}, ...): relax "
-        "min-units, max-ratio, protect, ratios or the rounding, or ask for a larger budget"
+        f"already at their smallest width: {plural(len(tight), 'group')} "
+        f"({names}{', ...' * (len(tight) > 3)}); relax "
+        "min-units, max-ratio, protect, ratios or the rounding, or raise the budget"
     )
 
 
@@ -132,8 +134,8 @@ def _cannot_land(problem: Problem, before: Ints, after: Ints) -> str:
     above, below = float(problem.value(before)[binding]), float(shares[binding] * limit)
     changed = problem.names[int(np.flatnonzero(before != after)[0])]
     return (
-        f"no cut was found within {100 * problem.tolerance:.3g} % of {readable(quantity, limit)}: "
-        f"the nearest leave {readable(quantity, above)} and {readable(quantity, below)}, one width "
-        f"of {changed} apart; ask for {Target.exactly(quantity, below)}, or allow "
+        f"no plan was found within {100 * problem.tolerance:.3g} % of {readable(quantity, limit)}: "
+        f"the nearest plans keep {readable(quantity, above)} and {readable(quantity, below)}, and "
+        f"differ by one width of {changed}; set {Target.exactly(quantity, below)}, or allow "
         f"tolerance={1 - shares[binding]:.1%}"
     )

@@ -41,11 +41,11 @@ class Rounding:
 
     def __post_init__(self) -> None:
         if self.dense < 1:
-            raise InputError(f"widths are rounded to a multiple of at least 1, not {self.dense}")
+            raise InputError(f"round-to is {self.dense}; it must be at least 1")
         if self.depthwise < 1 or self.depthwise % DEPTHWISE_FLOOR:
             raise InputError(
-                f"depthwise widths are rounded to a multiple of {DEPTHWISE_FLOOR}, which "
-                f"{self.depthwise} is not; other widths are several times slower"
+                f"depthwise-round-to is {self.depthwise}; it must be a multiple of "
+                f"{DEPTHWISE_FLOOR}, because other widths are several times slower"
             )
 
     def finer(self) -> Rounding | None:

@@ -1,4 +1,4 @@
-"""Which layers' rounding costs most: the second-order rise of the loss by each alone.
+"""Which layers' rounding costs most: the second-order rise in loss by each alone.
 
 A layer's rounded weight and input move its output ``z`` by ``d``. Around a trained model the loss
 rises by ``d' H d / 2``; for the Gauss-Newton ``H`` of cross-entropy that is the mean of
@@ -30,7 +30,7 @@ from fxprune.sensitivity.model import kind_of
 def rounding_costs(
     program: Program, context: Context, samples: int, batch_size: int
 ) -> dict[str, float]:
-    """Return by weight the rise of the loss that rounding in its layer brings, dearest first.
+    """Return by weight the rise in loss that rounding in its layer brings, dearest first.
 
     Where the loss is not cross-entropy, it is the squared error of the output that rises.
     """

@@ -170,19 +170,21 @@ def _plan(
             continue
         features = program.tensor(layer.weight)[0].numel()
         if features > MOST_FEATURES and not lookahead:
-            reason = f"its outputs have {features:,} weights each, which is too large a system"
+            reason = f"each output has {features:,} weights: the linear system would be too large"
             declined.append(Declined(layer.node.name, reason))
         elif not (layer.fits or lookahead):
             declined.append(Declined(layer.node.name, "transposed convolutions are not re-fitted"))
         elif (region := cut(layer, lookahead, usable, raw=raw)) is None:
-            reason = "the dense program has no value that its own could be compared with"
+            reason = "the dense program has no value to compare its output with"
             declined.append(Declined(layer.node.name, reason))
         else:
             obstacle = None
             if lookahead:
                 region, obstacle = derivatives.form(region)
             if obstacle is not None:
-                reason = f"no look ahead from here, since a derivative is missing: {obstacle}"
+                reason = (
+                    f"no lookahead from this layer, because a derivative is missing: {obstacle}"
+                )
                 declined.append(Declined(layer.node.name, reason))
                 continue
             problems.append(_Problem(region, tuple(named[node.name] for node in region.outputs)))

@@ -28,7 +28,7 @@ def blocks_of(pattern: str) -> tuple[int, int] | None:
         return None
     kept, of = map(int, match.groups())
     if not 0 < kept < of:
-        raise InputError(f"'{pattern}' keeps {kept} of every {of} weights; write 2:4 or the like")
+        raise InputError(f"'{pattern}' keeps {kept} of every {of} weights; write for example 2:4")
     return kept, of
 
 
@@ -69,7 +69,7 @@ def smallest(weights: Mapping[str, Tensor], share: float, cap: float) -> dict[st
         return {}
     pool = torch.cat(candidates)
     if count > len(pool):
-        raise InputError(f"sparsity={share:g} cannot be had with cap={cap:g}; raise the cap")
+        raise InputError(f"sparsity={share:g} cannot be reached with cap={cap:g}; raise the cap")
     owner = torch.arange(len(candidates)).repeat_interleave(
         torch.tensor([len(part) for part in candidates])
     )

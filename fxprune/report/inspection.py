@@ -1,4 +1,4 @@
-"""What a model is made of: its groups of units, what each is worth, and what is frozen and why."""
+"""Inspect a model: its groups of units, their shares of the cost, and what is frozen and why."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.text import Text
 
 from fxprune.graph.cost import Cost, cost
 from fxprune.graph.facts import Preference
+from fxprune.graph.notebook import plural
 from fxprune.graph.program import Program
 from fxprune.planning.cost_model import cost_model
 from fxprune.structure.groups import Group, find_groups
@@ -92,7 +93,7 @@ def print_inspection(found: Inspection, console: Console) -> None:
     )
     free = [group for group in found.groups if group.frozen_because is None]
     frozen = [group for group in found.groups if group.frozen_because is not None]
-    console.print(f"\n{len(free)} groups can shrink", style="bold")
+    console.print(f"\n{plural(len(free), 'group')} can shrink", style="bold")
     table = Table("group", "units", "params", "MACs", "slots", box=None, pad_edge=False)
     for number in (1, 2, 3):
         table.columns[number].justify = "right"
@@ -101,7 +102,7 @@ def print_inspection(found: Inspection, console: Console) -> None:
     console.print(table)
     if not frozen:
         return
-    console.print(f"\n{len(frozen)} groups are frozen", style="bold")
+    console.print(f"\n{plural(len(frozen), 'frozen group')}", style="bold")
     table = Table("group", "units", "params", "MACs", "why", box=None, pad_edge=False)
     for number in (1, 2, 3):
         table.columns[number].justify = "right"

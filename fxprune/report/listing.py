@@ -19,7 +19,7 @@ _ATTRIBUTE = re.compile(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", re.MULTILINE)
 
 
 def describe(step: type[Pass]) -> dict[str, Any]:
-    """Return a pass's name, purpose, options with defaults, and facts, as plain values."""
+    """Return the name of a pass, purpose, options with defaults, and facts, as plain values."""
     doc = inspect.cleandoc(step.__doc__ or "")
     _, _, attributes = doc.partition("Attributes:\n")
     texts = {name: " ".join(text.split()) for name, text in _ATTRIBUTE.findall(attributes)}

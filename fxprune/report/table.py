@@ -33,7 +33,7 @@ def rows(report: RunReport) -> Iterator[Row]:
 
 def _row(name: str, before: float | None, after: float | None, form: str) -> Row:
     shown = ["-" if value is None else form.format(value) for value in (before, after)]
-    change = "" if not before or after is None else f"{100 * after / before:.1f} % left"
+    change = "" if not before or after is None else f"{100 * after / before:.1f} % of before"
     return name, shown[0], shown[1], change
 
 

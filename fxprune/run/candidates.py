@@ -109,7 +109,7 @@ def run_passes(job: Job, checkpoint: Checkpoint) -> Candidates:
         return _without_int8(fp32, "INT8 conversion failed", error)
     if is_quantized(int8.program):
         return Candidates({"fp32": fp32, "int8": int8})
-    nothing = "no layer of this model can be quantized"
+    nothing = "no layer of this model can be quantised"
     return Candidates({"fp32": fp32 if job.choose_precision else int8}, nothing)
 
 
@@ -215,7 +215,9 @@ def choose(measured: Measurements, *, free: bool, min_accuracy: float | None) ->
     if int8 is None:
         return None if measured.obstacle is None else Precision("fp32", measured.obstacle)
     if fp32 is None:
-        why = "the run was resumed after its FP32 passes, so there is no FP32 to compare with"
+        why = (
+            "the run was resumed after its FP32 passes, so there is no FP32 result to compare with"
+        )
         return Precision("int8", why, int8=_figures(int8))
     speedup = int8.emission.latency.speedup / fp32.emission.latency.speedup
     figures = _figures(fp32), _figures(int8), speedup
@@ -223,7 +225,7 @@ def choose(measured: Measurements, *, free: bool, min_accuracy: float | None) ->
     reason = slow or _failed(int8) or _inaccurate(fp32.accuracy, int8.accuracy, min_accuracy)
     if free and reason is not None:
         return Precision("fp32", reason, *figures)
-    why = f"as asked, although {slow}" if slow else f"{speedup:.2f}x as fast as FP32"
+    why = f"as requested, although {slow}" if slow else f"{speedup:.2f}x as fast as FP32"
     return Precision("int8", why, *figures)
 
 
@@ -241,7 +243,7 @@ def _inaccurate(fp32: Evaluation, int8: Evaluation, min_accuracy: float | None) 
     if fp32.accuracy is None or int8.accuracy is None:
         return None
     lost = fp32.accuracy - int8.accuracy
-    reason = f"INT8 loses {100 * lost:.2f} percentage points of accuracy more"
+    reason = f"INT8 loses {100 * lost:.2f} percentage points more accuracy"
     if min_accuracy is not None and int8.accuracy < min_accuracy <= fp32.accuracy:
-        return f"{reason}, beyond max-drop"
+        return f"{reason}, which exceeds max-drop"
     return reason if lost > MAX_INT8_LOSS + 1 / max(int8.predictions, 1) else None

@@ -16,6 +16,7 @@ from fxprune.data.roles import Data
 from fxprune.data.sources import check_inputs, check_labels
 from fxprune.errors import PostconditionError
 from fxprune.graph.facts import MASKS
+from fxprune.graph.notebook import plural
 from fxprune.graph.program import Program
 from fxprune.onnx.export import ExportCheck
 from fxprune.report.content import Check
@@ -60,14 +61,18 @@ def check_removal(program: Program, groups: Sequence[Group], seed: int) -> Check
     chosen = sample_units(groups, SHARE, seed)
     exact = {group: units for group, units in chosen.items() if not group.mixed_by}
     if not exact:
-        why = "every group's units are mixed by a norm" if chosen else "there is no group to remove"
+        why = (
+            "a normalisation mixes the units of every group"
+            if chosen
+            else "there is no group with removable units"
+        )
         return Check.skipped(why)
     error = verify_removal(program, exact).error
     assert error is not None
     units = sum(map(len, exact.values()))
-    note = f"{units:,} random units of {len(exact)} groups"
+    note = f"{plural(units, 'random unit')} of {plural(len(exact), 'group')}"
     if mixed := len(chosen) - len(exact):
-        note += f"; not claimed for {mixed} whose units a norm mixes"
+        note += f"; not checked for {mixed} whose units a normalisation mixes"
     check = Check.of(error, EXACT, note)
     if not check.passed:
         _blame(program, exact, error)
@@ -85,9 +90,9 @@ def _blame(program: Program, doomed: Mapping[Group, list[int]], error: float) ->
         or f"several groups together, such as {max(errors, key=errors.__getitem__)}"
     )
     raise PostconditionError(
-        f"removing units would change the output by {error:.1e} of its size, beyond {EXACT:g}, "
-        f"because of {names}; protect them with plan-channels{{protect=[...]}}, or go on with "
-        "--no-verify, and please report it with the model"
+        f"removing units would change the output by {error:.1e} of its size (limit {EXACT:g}), "
+        f"because of {names}; protect them with plan-channels{{protect=[...]}}, or continue "
+        "with --no-verify; this is a bug: please report it with the model"
     )
 
 
@@ -101,7 +106,7 @@ def result_checks(
 ) -> dict[str, Check]:
     """Judge the emitted file: against PyTorch, and by the accuracy it may lose."""
     checks = {
-        "onnx_parity": Check.skipped("it was not asked for")
+        "onnx_parity": Check.skipped("it was not requested")
         if export.parity is None
         else Check.of(export.parity, export.limit, export.note)
     }
@@ -110,7 +115,7 @@ def result_checks(
     else:
         limit = accuracy_limit + 1 / max(in_file.predictions, 1)
         apart = abs(after.accuracy - in_file.accuracy)
-        checks["onnx_accuracy"] = Check.of(apart, limit, "ONNX Runtime against PyTorch")
+        checks["onnx_accuracy"] = Check.of(apart, limit, "ONNX Runtime compared with PyTorch")
     if max_drop is not None:
         checks["max_drop"] = _drop(before, in_file, max_drop)
     return checks
@@ -152,7 +157,7 @@ def check_masks(program: Program, path: Path) -> Check:
         return Check.skipped("no masked weight is in the file as one tensor")
     note = f"{masks.pattern}: weights not zero in {found} masked tensors of the file"
     if missing:
-        note += f"; not claimed for {', '.join(missing[:3])}, not in it as one tensor"
+        note += f"; not checked for {', '.join(missing[:3])}, not in it as one tensor"
     return Check.of(wrong, 0, note)
 
 

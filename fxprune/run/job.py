@@ -103,7 +103,10 @@ def _program(
         return model.copy().eval()
     if example_inputs is None:
         if data is None:
-            raise InputError("there are neither data nor example inputs to trace the model with")
+            raise InputError(
+                "cannot infer the input shape; pass --input-shape 3,224,224 or --data DATA (in "
+                "Python, example_inputs or data)"
+            )
         example_inputs = next(batches(data.calibration, 1)).inputs
     return trace(model, example_inputs)
 
@@ -121,7 +124,7 @@ def with_searched_targets(job: Job) -> Job:
     plans = any(PLAN in step.gives for step in job.pipeline)
     if drop is None or job.targets or not plans:
         return job
-    job.options.progress.say("searching for the smallest model that keeps its accuracy")
+    job.options.progress.say("searching for the smallest model within --max-drop")
     allowed = Limits(drop)
     dense = job.dense.copy().to(job.options.device)
 

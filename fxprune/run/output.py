@@ -30,7 +30,7 @@ def prepare(folder: Path) -> Path:
         drop_empty(made)
         raise InputError(
             f"cannot write into the output folder {folder}: {error.strerror or error}; "
-            "choose another with -o, or mend its permissions"
+            "choose another with -o, or change its permissions"
         ) from error
     return folder
 

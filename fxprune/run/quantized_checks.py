@@ -50,7 +50,7 @@ def check_agreement(program: Program, path: Path, data: Data | None) -> Check:
     """
     samples = None if data is None else data.eval or data.calibration
     if samples is None:
-        return Check.skipped("there is no data to predict on")
+        return Check.skipped("there is no data to compare predictions on")
     size = fixed_batch(program)
     total = min(SAMPLES, len(samples))
     total -= total % size if size else 0

@@ -70,7 +70,7 @@ class Objective:
             case "squared-error", "data" | "predicted":
                 return _logits(outputs).detach()
         raise InputError(
-            f"labels='{self.labels}' needs labels that only the data can give for the loss "
+            f"labels='{self.labels}' needs labels in the data for the loss "
             f"{getattr(self.loss, '__name__', type(self.loss).__name__)}; "
             "give labelled samples, or use cross-entropy or a squared error"
         )
@@ -105,7 +105,7 @@ def _logits(outputs: Any) -> Tensor:
     found = single_tensor(outputs)
     if found is None:
         raise InputError(
-            "the model has several outputs, so its predictions cannot serve as labels; "
+            "the model has several outputs, so its predictions cannot be used as labels; "
             "give labelled samples and a loss that takes all outputs"
         )
     return found
@@ -188,6 +188,6 @@ def explained(criterion: str) -> Iterator[None]:
         if not lacks_derivative(error):
             raise
         raise FxpruneError(
-            f"{criterion} needs second derivatives, and an operator of the model has none: "
+            f"{criterion} needs second derivatives, but an operator of the model has none: "
             f"{str(error).splitlines()[0]}; use gauss-newton, fisher or taylor"
         ) from error

@@ -67,7 +67,7 @@ def measure(
     errors = {} if measured.errors is None else layout.split(measured.errors)
     details: Details = {"units": len(layout), **(measured.details or {})}
     if why is not None:
-        note = f"{nearest} instead of {asked}: {why}"
+        note = f"used the criterion {nearest} instead of {asked}: {why}"
         details |= {"criterion": nearest, "note": note}
     if measured.errors is not None:
         details["expected_misplaced"] = misplaced(
@@ -94,9 +94,9 @@ def _nearest(task: Task) -> tuple[Criterion, str | None]:
         return "fisher", "the curvature of this loss in the outputs is unknown"
     outputs = traced_output(task.program)
     if outputs is None:
-        return "output-shift", "the model has several outputs, and the loss is about one"
+        return "output-shift", "the model has several outputs, but the loss uses only one"
     if kind == "cross-entropy" and (outputs.dim() < 2 or outputs.shape[1] == 1):
-        return "output-shift", "the output has a single class, in which cross-entropy is flat"
+        return "output-shift", "the output has a single class, for which cross-entropy is constant"
     return "gauss-newton", None
 
 

@@ -32,7 +32,7 @@ class Settings:
     """How to measure sensitivity.
 
     Attributes:
-        criterion: which estimate of the rise of the loss.
+        criterion: which estimate of the rise in loss.
         samples: how many calibration samples, drawn at random.
         batch_size: of the streamed batches; each batch has probes of its own.
         precision: of the model's arithmetic.
@@ -69,13 +69,13 @@ class Settings:
         for name, kind, value in choices:
             if value not in get_args(kind):
                 known = ", ".join(get_args(kind))
-                raise InputError(f"{name} is '{value}'; it may be {known}")
+                raise InputError(f"{name} is '{value}'; the values are {known}")
         if min(self.samples, self.batch_size, self.rule.cap) < 1:
             raise InputError("samples, batch-size and probes must be at least 1")
         if self.output_probes < 0:
-            raise InputError("output-probes must be at least 1, or 0 to choose by the outputs")
+            raise InputError("output-probes must be at least 1, or 0 to choose automatically")
         if self.memory_gib <= 0:
-            raise InputError(f"memory-gib is {self.memory_gib:g}; it must be above 0")
+            raise InputError(f"memory-gib is {self.memory_gib:g}; it must be greater than 0")
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,7 +49,7 @@ def _fixed_by(node: fx.Node, labelled: Callable[[fx.Node], bool]) -> str:
     while current.op not in ("placeholder", "get_attr"):
         sources = current.all_input_nodes
         if not sources:
-            return f"made by {current.target} of no weights"
+            return f"computed by {current.target} without weights"
         if any(map(labelled, sources)):
             return f"whose size is fixed by {describe(current)}"
         current = sources[0]

@@ -219,7 +219,7 @@ class Flow:
         """Let identities that meet at a node live or die together."""
         if self.survey is not None and not self.survey.same_kind(left, right):
             return
-        why = why or "it meets positions that must stay"
+        why = why or "it is joined with positions that must stay"
         self.merges.merge(left, right, lambda: self.reason(node, why))
 
     def freeze(
@@ -287,7 +287,7 @@ class Flow:
             return (found,)
         if isinstance(found, Tensor):
             self.freeze(
-                node, [DimLabels(0, found.view(1))], "this index is picked out by its number"
+                node, [DimLabels(0, found.view(1))], "this index is selected by a constant number"
             )
             return ()
         if self.survey is not None:
@@ -303,7 +303,7 @@ class Flow:
                 factors.append(entry)
             elif kept.setdefault(entry.dim, entry) is not entry:
                 owner = "each of its positions also belongs to another unit"
-                self.freeze(node, [entry], f"{owner}, of a dimension that is merged with it")
+                self.freeze(node, [entry], f"{owner}, in a dimension that is merged with it")
         return (*kept.values(), *factors)
 
     def _choose(self, node: fx.Node, key: int, split: SplitLabels) -> DimLabels:

@@ -58,7 +58,7 @@ def _numbered(analysis: Analysis, orders: Orders) -> tuple[Ints, Ints, list[tupl
         if group.frozen_because is not None:
             raise InputError(f"group {group.name} is frozen: {group.frozen_because}")
         if current is None or len(current.units) != len(group.units):
-            raise InputError(f"group {group.name} is not of this program as it is now")
+            raise InputError(f"group {group.name} does not belong to the current program")
         if sorted(order) != list(range(len(group.units))):
             raise InputError(f"the new order of group {group.name} must name every unit once")
         unit[current.components] = np.arange(len(group.units))
@@ -83,7 +83,9 @@ def _moved(
         places = np.flatnonzero(owners == number)
         counts = np.bincount(unit[components[places]], minlength=len(order))
         if len(set(counts.tolist())) > 1:
-            raise InputError(f"units of group {name} go different ways, so their order matters")
+            raise InputError(
+                f"units of group {name} are used in different ways, so their order matters"
+            )
         by_unit = places[np.argsort(unit[components[places]], kind="stable")]
         table = by_unit.reshape(len(order), -1)
         indices[table] = table[order]

@@ -64,14 +64,16 @@ def _check(group: Group, units: Sequence[int]) -> None:
     if units[0] < 0 or units[-1] >= total:
         raise InputError(f"group {group.name} has units 0 to {total - 1}, not {list(units)}")
     if len(units) == total:
-        raise InputError(f"group {group.name} would lose all of its {total} units; keep one")
+        raise InputError(
+            f"group {group.name} would lose all of its {total} units; keep at least one"
+        )
 
 
 def identify(program: Program, to_remove: ToRemove) -> tuple[Analysis, NDArray[np.bool_]]:
     """Analyse a program afresh and say which of its identities are to be removed.
 
     Raises:
-        InputError: a group is not of this program as it is now.
+        InputError: a group does not belong to the current program.
 
     """
     analysis = analyse(program, _preference(to_remove))
@@ -81,7 +83,7 @@ def identify(program: Program, to_remove: ToRemove) -> tuple[Analysis, NDArray[n
         current = found.get(group.name)
         if current is None or len(current.units) != len(group.units):
             raise InputError(
-                f"group {group.name} is not of this program as it is now; find the groups again"
+                f"group {group.name} does not belong to the current program; find the groups again"
             )
         removed_mask |= np.isin(analysis.component, current.components[list(units)])
     return analysis, removed_mask

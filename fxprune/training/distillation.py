@@ -46,7 +46,9 @@ def objective(context: Context, distill: float, temperature: float) -> LossOf:
     def loss(outputs: Any, inputs: tuple[Any, ...], target: Any) -> Tensor:
         weight = distill if target is not None else 1.0
         if dense is None and weight:
-            raise InputError("without labels the dense model has to teach; set Context.dense")
+            raise InputError(
+                "training without labels needs the dense model as a teacher; set Context.dense"
+            )
         parts = [] if weight == 1 else [(1 - weight) * of_labels(outputs, target)]
         if dense is not None and weight:
             with torch.no_grad():

@@ -80,7 +80,11 @@ def evaluate(
         counted = target >= 0  # -100 marks tokens and pixels to leave out
         right += int(((predicted == target) & counted).sum())
         judged += int(counted.sum())
-    note = "no labels: accuracy is agreement with the dense model" if agreement else None
+    note = (
+        "the data has no labels: accuracy is the agreement with the dense model"
+        if agreement
+        else None
+    )
     return Evaluation(right / judged if judged else None, judged, note)
 
 

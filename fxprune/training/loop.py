@@ -115,7 +115,7 @@ class _Step:
         self._program, self._clip = program, schedule.clip
         self._parameters = [p for p in program.graph_module.parameters() if p.requires_grad]
         if not self._parameters:
-            raise InputError("no parameter requires a gradient, so there is nothing to train")
+            raise InputError("no parameter requires a gradient, so nothing can be trained")
         self._optimizer = _optimizer(self._parameters, schedule)
         self._rates = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, _cosine(steps, schedule.warmup)
@@ -144,13 +144,14 @@ def _supply(program: Program, context: Context, schedule: Schedule) -> tuple[Sam
     """The training samples, the size of a batch, and the whole batches in an epoch."""
     samples = context.samples.train
     if samples is None:
-        raise InputError("there is no training data; give a train part, or run without epochs")
+        raise InputError("there is no training data; give training samples, or set epochs to 0")
     fixed = fixed_batch(program)
     size = fixed or min(schedule.batch_size, len(samples))
     if size > len(samples):
         raise InputError(
             f"the model is captured with a fixed batch of {size}, but there are only "
-            f"{len(samples)} training samples; give more, or capture it with a smaller batch"
+            f"{len(samples)} training samples; give more samples, or capture the model with a "
+            "smaller batch"
         )
     return samples, size, len(samples) // size
 

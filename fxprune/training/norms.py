@@ -81,7 +81,7 @@ def measure_norms(
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
 
     hooks = dict.fromkeys(norms_of(program), measure)
-    record(program, context, stream, hooks, "measuring what norms read")
+    record(program, context, stream, hooks, "measuring inputs of norms")
     return {names: _statistics(moments) for names, moments in found.items()}, stream.total
 
 

@@ -51,7 +51,7 @@ def _freeze_space(
     There a kernel with padding runs along the channels of a pooled image: it mixes neighbours.
     """
     kernel = [entry for entry in weight.entries if entry.dim > 1]
-    flow.freeze(node, kernel, "it is a convolution kernel's extent", silent=True)
+    flow.freeze(node, kernel, "it is the size of a convolution kernel", silent=True)
     first = len(operand.shape) - len(weight.shape) + 2
     space = [entry for entry in operand.entries if entry.dim >= first]
     given = arguments(node)
@@ -102,7 +102,7 @@ def _whole_groups(
     groups, out = size
     flow.merge(node, incoming[:, :1].expand_as(incoming), incoming)
     owner = incoming[:, :1]
-    within = "groups of a convolution go whole"
+    within = "groups of a convolution can only be removed whole"
     if isinstance(inner, DimLabels):  # one dimension of the weight counts positions within a group
         flow.freeze(node, [inner], within, silent=True)
     elif isinstance(inner, Tensor):
@@ -128,7 +128,9 @@ def _same_offset(
     elif isinstance(inner, Tensor):
         flow.merge(node, incoming, inner)
     elif incoming.shape[1] > 1:
-        flow.freeze(node, [DimLabels(0, incoming[0])], "the weight does not count these channels")
+        flow.freeze(
+            node, [DimLabels(0, incoming[0])], "the weight has no dimension for these channels"
+        )
     if made is None:
         return Labels((groups * out,))
     if made.ids.numel() == out:

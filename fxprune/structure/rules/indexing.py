@@ -44,7 +44,7 @@ def _take(flow: Flow, node: fx.Node, source: Labels, indices: list[Any]) -> Any:
                 flow.merge(node, entry.ids, own[0].ids)
             continue
         is_table = isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
-        flow.freeze(node, found, "it is indexed by numbers", silent=is_table)
+        flow.freeze(node, found, "it is indexed by number", silent=is_table)
         flow.freeze(node, own, "it holds indices", silent=True)
     # Along the dimensions of the indices nothing is labelled: one of each is enough to follow.
     zeros = [
@@ -73,7 +73,7 @@ def select(flow: Flow, node: fx.Node) -> Any:
     dim = given["dim"] % len(source.shape)
     number = flow.concrete(given["index"])
     chosen = [DimLabels(0, entry.ids[number].view(1)) for entry in source.at(dim)]
-    flow.freeze(node, chosen, "this index is picked out by its number")
+    flow.freeze(node, chosen, "this index is selected by a constant number")
     rest = Labels(source.shape, source.without(dim))
     return replay(flow, node, rest, lambda ids: ids.select(dim, 0))
 
@@ -83,7 +83,7 @@ def gather(flow: Flow, node: fx.Node) -> Any:
     given = arguments(node)
     source, index = flow.labels(given["self"]), flow.labels(given["index"])
     dim = given["dim"] % max(len(source.shape), 1)
-    flow.freeze(node, [*source.at(dim), *index.at(dim)], "it is gathered by numbers")
+    flow.freeze(node, [*source.at(dim), *index.at(dim)], "it is gathered by index")
     entries: tuple[DimLabels, ...] = ()
     for other in range(len(source.shape)):
         if other != dim and source.shape[other] == index.shape[other]:
@@ -98,7 +98,7 @@ def unbind(flow: Flow, node: fx.Node) -> Any:
     """Taking a dimension apart fixes its size."""
     source, given = flow.labels(node.args[0]), arguments(node)
     dim = given["dim"] % len(source.shape)
-    flow.freeze(node, source.at(dim), "it is taken apart index by index")
+    flow.freeze(node, source.at(dim), "it is split index by index")
     rest = Labels(source.shape, source.without(dim))
     return replay(flow, node, rest, lambda ids: ids.unbind(dim))
 

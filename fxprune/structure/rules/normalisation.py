@@ -75,7 +75,7 @@ def softmax(flow: Flow, node: fx.Node) -> Any:
     """What is removed would still take its share: the dimension stays."""
     operand, given = flow.labels(node.args[0]), arguments(node)
     dim = given["dim"]
-    flow.freeze(node, operand.at(dim), "a softmax shares one unit of mass along it")
+    flow.freeze(node, operand.at(dim), "a softmax normalises along it")
     return Labels(operand.shape, operand.without(dim))
 
 
@@ -116,7 +116,7 @@ def positional(flow: Flow, node: fx.Node) -> Any:
     operand, given = flow.labels(node.args[0]), arguments(node)
     dims = _dims(given, len(operand.shape))
     fixed = [entry for entry in operand.entries if entry.dim in dims]
-    flow.freeze(node, fixed, "positions along it are ordered or counted")
+    flow.freeze(node, fixed, "an operator orders or counts its positions")
     rest = Labels(operand.shape, tuple(item for item in operand.entries if item.dim not in dims))
     value = node.meta["val"]
     first = value[0] if isinstance(value, (list, tuple)) else value
@@ -143,7 +143,7 @@ def pairs(flow: Flow, node: fx.Node) -> Any:
     operand, value = flow.labels(node.args[0]), node.meta["val"]
     rank = min(len(operand.shape), value.dim())
     flow.freeze(
-        node, [x for x in operand.entries if x.dim >= rank], "it holds two parts of numbers"
+        node, [x for x in operand.entries if x.dim >= rank], "it holds real and imaginary parts"
     )
     return Labels(tuple(value.shape), tuple(x for x in operand.entries if x.dim < rank))
 

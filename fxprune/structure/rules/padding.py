@@ -36,7 +36,7 @@ def pad_mirrored(flow: Flow, node: fx.Node) -> Any:
     amounts = flow.concrete(node.args[1])
     padded = {-1 - position // 2 for position, amount in enumerate(amounts) if amount}
     for dim in padded:
-        flow.freeze(node, source.at(dim), "its positions are repeated as padding")
+        flow.freeze(node, source.at(dim), "padding repeats its positions")
     return Labels(tuple(node.meta["val"].shape), source.without(*padded))
 
 

@@ -39,7 +39,7 @@ def _block(flow: Flow, node: fx.Node, labels: Labels, dim: int) -> bool:
     step, size = given["step"], labels.shape[dim]
     start, end = given["start"] or 0, given["end"]
     if size % step or not 0 <= start < step or (end is not None and end < size):
-        flow.freeze(node, labels.at(dim), "a stride runs over a part of it")
+        flow.freeze(node, labels.at(dim), "a strided view covers a part of it")
         return False
     for entry in labels.at(dim):
         blocks = entry.ids.view(-1, step)
@@ -59,7 +59,7 @@ def slice_scatter(flow: Flow, node: fx.Node) -> Any:
         if other != dim:
             entries += flow.align(node, [(whole, other), (part, other)], other)
     if step != 1 and not _block(flow, node, whole, dim):
-        flow.freeze(node, part.at(dim), "it is written over a part of a stride")
+        flow.freeze(node, part.at(dim), "it is written into a part of a strided view")
         return Labels(whole.shape, entries)
     for entry in whole.at(dim):
         inside = Labels((part.shape[dim],), (DimLabels(0, entry.ids[region[dim]]),))

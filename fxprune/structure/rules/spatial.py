@@ -22,7 +22,7 @@ def spatial(extent: int) -> Rule:
         operand = flow.labels(node.args[0])
         dims = range(len(operand.shape) - extent, len(operand.shape))
         inside = [entry for entry in operand.entries if entry.dim in dims]
-        flow.freeze(node, inside, "it is pooled or resampled as space")
+        flow.freeze(node, inside, "it is a spatial dimension that is pooled or resampled")
         entries = operand.without(*dims)
         value = node.meta["val"]
         if isinstance(value, Tensor):
@@ -34,7 +34,7 @@ def spatial(extent: int) -> Rule:
 
 def grid_sample(flow: Flow, node: fx.Node) -> Any:
     """Channels pass; positions come from the grid."""
-    flow.freeze_all(node, [node.args[1]], "it says where to sample")  # type: ignore[list-item]
+    flow.freeze_all(node, [node.args[1]], "it holds sampling positions")  # type: ignore[list-item]
     operand = flow.labels(node.args[0])
     entries = tuple(entry for entry in operand.entries if entry.dim < 2)
     return Labels(tuple(node.meta["val"].shape), entries)
@@ -43,8 +43,8 @@ def grid_sample(flow: Flow, node: fx.Node) -> Any:
 def embedding(flow: Flow, node: fx.Node) -> Any:
     """Rows are looked up by number and stay; the width is removable."""
     table = flow.labels(node.args[0])
-    flow.freeze(node, table.at(0), "rows of an embedding are looked up by number", silent=True)
-    flow.freeze(node, flow.labels(node.args[1]).entries, "it says what to look up", silent=True)
+    flow.freeze(node, table.at(0), "an embedding looks up its rows by index", silent=True)
+    flow.freeze(node, flow.labels(node.args[1]).entries, "it holds indices to look up", silent=True)
     shape = tuple(node.meta["val"].shape)
     return Labels(shape, tuple(DimLabels(len(shape) - 1, entry.ids) for entry in table.at(1)))
 
