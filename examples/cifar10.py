@@ -1,4 +1,4 @@
-"""CIFAR-10: its residual networks and its images, for ``--arch`` and ``--data``.
+"""CIFAR-10: residual networks and images, for ``--arch`` and ``--data``.
 
     fxprune compile resnet56_cifar10.pt --arch examples.cifar10:resnet --arch-option depth=56 \
         --data examples.cifar10:data --data-option root=FOLDER --target macs=50% -o out/

@@ -1,4 +1,4 @@
-"""A pipeline put together by hand: half of the digits network's work and weights go.
+"""Compose a pipeline by hand: halve the MACs and parameters of the digits network.
 
 Run ``python -m examples.compose`` in the checkout; it takes about a minute on one core.
 """

@@ -1,17 +1,17 @@
-"""Teach the compiler operators of your own, so that what they touch may shrink.
+"""Register your own operators, so that the dimensions that they meet can shrink.
 
 Run ``python -m examples.custom_rule`` in the checkout; it takes a few seconds.
 
-Without a rule an operator freezes all it meets, and the report names it. Two operators are
-registered here, with all that fxprune can know of them:
+An operator without a rule freezes every dimension that it meets, and the report names it. This
+example registers two operators, with everything that fxprune can know of them:
 
-- ``soft_clip`` is pointwise, and needs no more than that;
-- ``mix`` sums over channels: its rule says which dimensions keep the same indices and where it
-  sums, its repair brings the width in line, which it takes as a plain number, and its cost is
-  that of a matrix product.
+- ``soft_clip`` is pointwise, and needs nothing else;
+- ``mix`` sums over channels: its rule states which dimensions keep their indices and which one it
+  sums over; its repair adjusts the width, which is a plain number among its arguments; and its cost
+  is that of a matrix product.
 
-A package registers operators for every fxprune run by an entry point that names a module with
-calls like those of ``register`` below, in its ``pyproject.toml``:
+A package registers operators for every run of fxprune with an entry point in its
+``pyproject.toml``, which names a module with calls like those in ``register`` below:
 
     [project.entry-points."fxprune.operators"]
     mixing = "my_package.pruning"

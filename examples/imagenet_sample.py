@@ -3,8 +3,8 @@
     fxprune compile mobilenet_v2.pt --arch torchvision:mobilenet_v2 \
         --data examples.imagenet_sample:data --data-option root=FOLDER --target macs=50% -o out/
 
-The folder holds ``imagenet_sample1000_224.npz``: ``jpeg`` (the files' bytes, one after the other),
-``offsets`` (1,001 of them) and ``labels``. Half of the images calibrate, the other half evaluates.
+The folder holds ``imagenet_sample1000_224.npz``: ``jpeg`` (the bytes of all files, concatenated),
+``offsets`` (1,001 of them) and ``labels``. Half of the images are for calibration, the other half for evaluation.
 """
 
 from __future__ import annotations

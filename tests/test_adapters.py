@@ -105,5 +105,5 @@ def test_a_function_that_breaks_the_graph_is_found_out() -> None:
             if node.target is aten.conv2d.default:
                 node.args = (*node.args[:3], [2, 2])
 
-    with pytest.raises(PostconditionError, match="conv2d was recorded as"):
+    with pytest.raises(PostconditionError, match="conv2d was recorded with"):
         from_function(wrong)(trace(network(), X), Context())

@@ -39,18 +39,18 @@ def test_reads_a_target(text: str, name: Name, amount: float, relative: bool) ->
 @pytest.mark.parametrize(
     ("text", "reason", "column"),
     [
-        ("flops=50%", "'flops' is none of params, macs, size, latency", 0),
+        ("flops=50%", "'flops' is not a target; the targets are params, macs, size, latency", 0),
         ("macs", "expected '='", 4),
-        ("macs=", "is no amount of macs", 5),
-        ("macs=half", "'half' is no amount", 5),
-        ("macs=-3%", "is no amount", 5),
-        ("macs=nan", "is no amount", 5),
+        ("macs=", "is not a valid macs budget", 5),
+        ("macs=half", "'half' is not a valid", 5),
+        ("macs=-3%", "is not a valid", 5),
+        ("macs=nan", "is not a valid", 5),
         ("macs=0%", "above zero", 5),
         ("macs=120%", "more macs than the dense model has", 5),
         ("macs=0.5x", "more macs than the dense model has", 5),
         ("size=12", "'12' needs a unit of size; write 50%, 2x, 1MB", 5),
-        ("size=3ms", "'ms' is no unit of size", 5),
-        ("latency= 3MB", "'MB' is no unit of latency", 9),
+        ("size=3ms", "'ms' is not a unit of size", 5),
+        ("latency= 3MB", "'MB' is not a unit of latency", 9),
     ],
 )
 def test_says_where_a_target_is_wrong(text: str, reason: str, column: int) -> None:

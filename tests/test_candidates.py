@@ -59,8 +59,8 @@ def test_int8_is_kept_if_it_is_faster_and_as_accurate() -> None:
     found = chosen()
     assert (found.kept, found.why, found.speedup) == ("int8", "2.00x as fast as FP32", 2.0)
     assert found.summary == (
-        "kept INT8: 2.00x as fast as FP32 "
-        "(INT8 and FP32: 0.500 and 1.000 ms, 50 and 100 bytes, 90.00 and 90.00 %)"
+        "kept INT8: 2.00x as fast as FP32; "
+        "INT8 / FP32: 0.500 / 1.000 ms, 50 / 100 bytes, 90.00 / 90.00 %"
     )
 
 
@@ -83,7 +83,7 @@ def test_fp32_is_kept_if_int8_is_worse(found: Precision, why: str) -> None:
 def test_int8_that_was_asked_for_is_kept_and_its_slowness_is_reported() -> None:
     found = chosen(0.8, accuracy=0.5, free=False)
     assert found.kept == "int8"
-    assert found.why == "as asked, although INT8 is not faster than FP32 (0.80x)"
+    assert found.why == "as requested, although INT8 is not faster than FP32 (0.80x)"
 
 
 def test_without_fp32_there_is_no_comparison() -> None:

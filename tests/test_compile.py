@@ -194,7 +194,7 @@ def test_without_data_accuracy_is_unknown() -> None:
 
 
 def test_there_must_be_something_to_trace_with() -> None:
-    with pytest.raises(InputError, match="neither data nor example inputs"):
+    with pytest.raises(InputError, match="cannot infer the input shape"):
         compiled(None, data=None)
 
 

@@ -224,5 +224,5 @@ def test_the_option_is_auto_or_a_share() -> None:
     assert implant_share("auto") is None
     assert implant_share(0.5) == 0.5
     for wrong in ("half", 1.5):
-        with pytest.raises(InputError, match="must be auto or lie between 0 and 1"):
+        with pytest.raises(InputError, match="must be auto or a number between 0 and 1"):
             PlanChannels(macs=0.5, implant_ratio=wrong)

@@ -19,7 +19,7 @@ def test_patterns_are_read() -> None:
     assert blocks_of("2:4") == (2, 4)
     assert blocks_of("unstructured") is None
     for text in ("0:4", "4:4"):
-        with pytest.raises(InputError, match="2:4 or the like"):
+        with pytest.raises(InputError, match="write for example 2:4"):
             blocks_of(text)
 
 

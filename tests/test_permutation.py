@@ -96,7 +96,7 @@ def test_refuses_what_would_change_the_output() -> None:
 
     program = trace(Halves(), X.float())
     groups = {group.name: group for group in find_groups(program)}
-    with pytest.raises(InputError, match="go different ways"):
+    with pytest.raises(InputError, match="used in different ways"):
         permute_units(program, {groups["one.weight:0"]: [3, 1, 2, 0]})
 
 

@@ -104,7 +104,10 @@ def test_no_change_drops_nothing(program: Program) -> None:
     ("steps", "reason"),
     [
         ([Plan()], "pass 1, plan, reads 'score', and no earlier pass gives it"),
-        ([Score(), Shift(), Plan()], "pass 3, plan, reads 'score', which shift before it does not"),
+        (
+            [Score(), Shift(), Plan()],
+            "pass 3, plan, reads 'score', which the earlier pass shift does not",
+        ),
     ],
 )
 def test_a_wrong_order_is_refused_when_built(steps: list[Pass], reason: str) -> None:

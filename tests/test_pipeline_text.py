@@ -102,7 +102,7 @@ def test_a_caret_stands_under_the_fault(text: str, caret: int, reason: str) -> N
 
 
 def test_order_is_checked() -> None:
-    with pytest.raises(OrderError, match="pass 1, cut, reads 'score', and nothing before"):
+    with pytest.raises(OrderError, match="pass 1, cut, reads 'score', and no earlier pass"):
         parse("cut,score", KNOWN)
 
 
@@ -128,7 +128,7 @@ def test_options_of_a_recipe_read_back(options: dict[str, object]) -> None:
     ("text", "reason"),
     [
         ("run = ", "the recipe is not TOML"),
-        ("[runs]\n", "the unknown part 'runs'"),
+        ("[runs]\n", "the unknown section 'runs'"),
         ("[pass]\nname = 'score'\n", r"write \[\[pass\]\] in double brackets"),
         ("[[pass]]\nprobes = 3\n", "the recipe, pass 1: the key 'name' is missing"),
         ("[[pass]]\nname = 'scorer'\n", "the recipe, pass 1: there is no pass 'scorer'; did you"),

@@ -184,7 +184,7 @@ def test_frozen_and_unscored_groups_are_reported() -> None:
     [
         ({}, "no budget"),
         ({"macs": "50%", "protect": ("stemm",)}, "no group matches 'stemm'; did you mean stem"),
-        ({"macs": "half"}, "'half' is no amount of macs"),
+        ({"macs": "half"}, "'half' is not a valid macs budget"),
         ({"size": 300}, "needs a unit"),
         ({"macs": 0.5, "round_to": 0}, "at least 1"),
         ({"macs": 0.5, "depthwise_round_to": 2}, "a multiple of 4"),
@@ -205,7 +205,7 @@ def test_refuses_scores_of_another_program() -> None:
 
 
 def test_says_what_stops_a_budget() -> None:
-    with pytest.raises(BudgetError, match="least width of 3 groups"):
+    with pytest.raises(BudgetError, match="smallest width: 3 groups"):
         plan(scored(), macs="1%", min_units=24)
     with pytest.raises(BudgetError, match="layers that cannot shrink"):
         plan(scored(), params="0.01%")

@@ -67,7 +67,9 @@ def test_a_wrong_shape_is_found_and_named() -> None:
     conv = next(node for node in made.graph.nodes if "conv2d" in node.name)
     assert shape_of(conv) == (2, 4, 4, 4)
     conv.meta["val"] = conv.meta["val"][:, :3]
-    with pytest.raises(PostconditionError, match=r"node conv2d was recorded as \(2, 3, 4, 4\)"):
+    with pytest.raises(
+        PostconditionError, match=r"node conv2d was recorded with the shape \(2, 3, 4, 4\)"
+    ):
         made.verify()
 
 

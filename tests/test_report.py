@@ -105,7 +105,7 @@ def test_the_table_tells_all() -> None:
     assert lines["parameters"] == "parameters 100 60 60.0 % of before"
     assert lines["latency, ms"] == "latency, ms 2.000 - 1.50x as fast (1.20 to 1.90)"
     assert lines["accuracy"] == "accuracy 90.00 % 87.50 % -2.50 points"
-    assert "target macs=50%: 600 of at most 500, NOT MET" in text
+    assert "target macs=50%: 600 (limit 500), NOT MET" in text
     assert "zero_then_remove: 1e-07, limit 1e-05 (12 units), passed" in text
     assert "onnx_parity: not run (not asked for)" in text
     assert lines["macs=25%"] == "macs=25% 1.0 250 50.00 % +40.00 points"

@@ -216,7 +216,7 @@ def test_probes_that_are_not_finite_are_dropped_and_all_lost_is_an_error() -> No
 
 
 def test_unknown_options_are_named() -> None:
-    with pytest.raises(InputError, match="criterion is 'hessian'; it may be hessian-trace"):
+    with pytest.raises(InputError, match="criterion is 'hessian'; the values are hessian-trace"):
         Settings("hessian")  # type: ignore[arg-type]
 
 

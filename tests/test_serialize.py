@@ -106,7 +106,7 @@ def test_a_file_cannot_name_what_is_not_an_operator(tmp_path: Path, target: str)
         calls = [node for node in content["nodes"] if node["op"] == "call_function"]
         calls[0]["target"] = target
 
-    with pytest.raises(InputError, match="is not an operator"):
+    with pytest.raises(InputError, match="is not a known operator"):
         serialize.load(edited(saved_tied(tmp_path)[1], change))
 
 
@@ -127,7 +127,7 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = saved_tied(tmp_path)[1]
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(InputError, match="not a whole fxprune program"):
+    with pytest.raises(InputError, match="not a complete fxprune program"):
         serialize.load(path)
     with pytest.raises(InputError, match="there is no file"):
         serialize.load(tmp_path / "absent.pt2")

@@ -195,7 +195,7 @@ def test_says_that_the_rest_cannot_shrink() -> None:
 
 def test_says_which_least_widths_stop_it() -> None:
     task = problem(random_scores(0, [64, 64, 64]), {0: 0.004}, rounding=16, relax=False)
-    with pytest.raises(BudgetError, match=r"least width of 3 groups \(g0, g1, g2"):
+    with pytest.raises(BudgetError, match=r"smallest width: 3 groups \(g0, g1, g2"):
         solve(task)
 
 

@@ -132,7 +132,7 @@ def test_without_labels_the_dense_model_teaches() -> None:
         ({"data": Data(Arrays(task()[0]))}, "there is no training data"),
         ({"distill": 0.5}, "distillation needs the dense model"),
         ({"frozen": True}, "no parameter requires a gradient"),
-        ({"unlabelled": True}, "without labels the dense model has to teach"),
+        ({"unlabelled": True}, "training without labels needs the dense model"),
     ],
 )
 def test_says_what_is_missing(change: dict[str, object], message: str) -> None:

@@ -1,11 +1,11 @@
-"""Compare narrower heads in a basis of their own with positions removed as they are.
+"""Compare heads that are narrowed in a fitted basis with plain removal of positions.
 
     python -m tools.attention_study --folder DATA --out DIR   # resumable, piece by piece
-    python -m tools.attention_study --out DIR --table         # what has been measured
+    python -m tools.attention_study --out DIR --table         # print the results
 
 For a small vision transformer and shares of the heads' width: the accuracy after
 ``implant-attention`` and after removal of as many positions of every head, those with the smallest
-weights, each before and after reconstruction; and the latency of the ONNX models, timed in turns.
+weights, each before and after reconstruction; and the interleaved latency of the ONNX models.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def table(out: Path) -> Iterator[str]:
 def main() -> None:
     """Run the study, or print its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--folder", type=Path, help="where weights and images lie")
+    parser.add_argument("--folder", type=Path, help="folder of weights and images")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=1000, help="test images, at most 10,000")
     parser.add_argument("--table", action="store_true")

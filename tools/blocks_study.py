@@ -1,12 +1,12 @@
 """Compare the removal of residual branches with that of channels, at equal multiply-accumulates.
 
     python -m tools.blocks_study resnet56 --folder DATA --out DIR   # resumable, piece by piece
-    python -m tools.blocks_study --out DIR --table                  # what has been measured
+    python -m tools.blocks_study --out DIR --table                  # print the results
 
 Per network, share of multiply-accumulates that remains, and draw of the calibration data: the
-accuracy as cut, after recalibrating batch norms, and after reconstruction by least squares, without
+accuracy before recovery, after recalibrating batch norms, and after reconstruction by least squares, without
 training, on held-out images; and the speed-up over the dense network of ONNX models in FP32 and
-INT8, timed in turns. Branches go by how far they move the output, or at random as a control.
+INT8, interleaved. Branches are removed by how much they move the output, or at random (control).
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def main() -> None:
     keep_freed_memory()
     parser = study_options(__doc__)
     parser.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
-    parser.add_argument("--images", type=int, help="held-out images that accuracy is measured on")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, per piece")
+    parser.add_argument("--images", type=int, help="number of held-out images for accuracy")
+    parser.add_argument("--seconds", type=float, default=4.0, help="seconds of timing per piece")
     options = parser.parse_args()
     if options.network and options.folder:
         study = Study.load(options.network, options.folder, options.out)

@@ -1,10 +1,10 @@
-"""Try budgets on several networks: every cut lands, or the refusal says what stops it.
+"""Test budgets on several networks: each is met, or an error says why it cannot be met.
 
     python -m tools.budget_study [--only resnet56,vit] [--folder DATA]
 
 Twenty budgets over six networks, some of which cannot be met. Every plan is carried out on the
-graph and the costs are counted anew on the result. Scores are magnitudes; with ``--folder``, a
-folder with the checkpoints named below, of trained weights.
+graph, and the costs of the result are counted again. Scores are magnitudes of random weights or,
+with ``--folder`` (a folder with the checkpoints named below), of trained weights.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def try_budget(program: Program, text: str) -> list[str]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", help="networks, separated by commas")
-    parser.add_argument("--folder", type=Path, help="with trained weights")
+    parser.add_argument("--only", help="names of networks, separated by commas")
+    parser.add_argument("--folder", type=Path, help="folder of trained weights")
     options = parser.parse_args()
     chosen = options.only.split(",") if options.only else list(NETWORKS)
     print("| network | budget | result | planning, s | notes |\n|---|---|---|---|---|")

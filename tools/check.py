@@ -1,4 +1,4 @@
-"""Run everything that a change has to pass; the tests come last, so that their summary does too.
+"""Run all checks that a change must pass; the tests run last, so that their summary is at the end.
 
 Usage: ``python tools/check.py [arguments of pytest]``.
 """

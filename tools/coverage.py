@@ -1,10 +1,10 @@
-"""Try removal on whole families of models, each in a process of its own, and tabulate the result.
+"""Test removal on whole families of models, each in its own process, and tabulate the results.
 
     python -m tools.coverage --suite torchvision --suite timm --out coverage.jsonl
     python -m tools.coverage --out coverage.jsonl --markdown docs/coverage.md
 
-Every model adds one JSON line to the file; models that are already there are skipped, so that a
-run can be broken off and taken up again. ``--retry`` tries the failed ones once more.
+Every model adds one JSON line to the file; models that are already in it are skipped, so a run can be
+interrupted and continued. ``--retry`` runs failed models again.
 """
 
 from __future__ import annotations
@@ -51,14 +51,22 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--suite", action="append", default=[], help="a suite; may be repeated")
-    parser.add_argument("--model", action="append", default=[], help="suite:name, for single ones")
-    parser.add_argument("--out", type=Path, default=Path("coverage.jsonl"), help="JSON lines")
-    parser.add_argument("--markdown", type=Path, help="write the table there")
-    parser.add_argument("--command", default="python -m tools.coverage", help="quoted in the table")
-    parser.add_argument("--seconds", type=float, default=300, help="time limit for a model")
-    parser.add_argument("--gib", type=float, default=6, help="memory limit for a model")
-    parser.add_argument("--no-onnx", dest="onnx", action="store_false", help="leave ONNX out")
+    parser.add_argument("--suite", action="append", default=[], help="name of a suite; repeatable")
+    parser.add_argument(
+        "--model", action="append", default=[], help="run one model, suite:name; repeatable"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("coverage.jsonl"), help="file of JSON lines"
+    )
+    parser.add_argument("--markdown", type=Path, help="write the table to this file")
+    parser.add_argument(
+        "--command", default="python -m tools.coverage", help="command to quote in the table"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="time limit per model, in seconds"
+    )
+    parser.add_argument("--gib", type=float, default=6, help="memory limit per model, in GiB")
+    parser.add_argument("--no-onnx", dest="onnx", action="store_false", help="skip ONNX export")
     parser.add_argument("--retry", action="store_true", help="run failed models again")
     return parser.parse_args()
 

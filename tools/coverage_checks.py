@@ -1,4 +1,4 @@
-"""What is tried on one model: trace, groups, removal, forward, backward, exactness, ONNX."""
+"""Test one model: trace, groups, removal, forward, backward, exactness, ONNX."""
 
 from __future__ import annotations
 

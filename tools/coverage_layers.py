@@ -1,4 +1,4 @@
-"""Small models of single layers and wirings: what no model zoo isolates."""
+"""Small models of single layers and connections that no model zoo tests separately."""
 
 from __future__ import annotations
 

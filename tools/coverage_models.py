@@ -1,4 +1,4 @@
-"""The models of the coverage table: suites by name, and how each model and its inputs are made."""
+"""The models of the coverage table: named suites, and how to build each model and its inputs."""
 
 from __future__ import annotations
 

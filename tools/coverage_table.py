@@ -39,7 +39,7 @@ def markdown(
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     passed = sum(not record["failed"] for record in records)
     parts = [
-        "# Models that fxprune has been tried on",
+        "# Tested models",
         "",
         f"Written on {today} by `{command}`; {passed} of {len(records)} models pass.",
         "",
@@ -63,7 +63,7 @@ def markdown(
         parts += [f"- **{_name(r)}** at {r['failed']}: {_clip(r['why'], 400)}" for r in failures]
     low = [record for record in records if record.get("share", 1) < 0.9]
     if low:
-        parts += ["", "## Where less than 90 % of the parameters may shrink", ""]
+        parts += ["", "## Models where less than 90 % of the parameters can shrink", ""]
         parts += [_held(record) for record in low]
     return "\n".join([*parts, "", "## Every model", "", *_rows(records), ""])
 
@@ -76,16 +76,16 @@ def _memory(records: Sequence[Record]) -> str:
 
 
 _INTRODUCTION = """\
-Each model, with random weights, is traced in a process of its own; half of the units of every
-removable group, chosen at random, are removed; the smaller model then runs forward at two batch
-sizes and backward, and its ONNX file is compared with it in ONNX Runtime. *Share* is the part of
-the parameters that go with some removable unit. *Error* is that of zero-then-remove, over the
-groups that no normalisation mixes with others (1e-5 in single precision; where rounding alone
-exceeds that, 1e-10 in double precision). Times are seconds of processor time on one thread; the
-first table has medians. *Memory* is by how much the process grew at most, in MiB, while groups were
-found, of what a forward pass at batch 1 adds; the program and its weights are there before both.
-The first table has the median ratio and the largest. A model that is listed and not tried, and an
-empty cell, were not measured in this run."""
+Each model, with random weights, is traced in its own process. Half of the units of every removable
+group, chosen at random, are removed. The smaller model then runs forward at two batch sizes and
+backward, and its ONNX file is compared with it in ONNX Runtime. *Share* is the fraction of the
+parameters that belong to some removable unit. *Error* is the error of zero-then-remove, for the
+groups that no normalisation mixes with others (limit: 1e-5 in single precision or, where rounding
+alone exceeds that, 1e-10 in double precision). Times are seconds of processor time on one thread; the
+first table has medians. *Memory* is the peak growth of the process while groups are found, in MiB,
+compared with the growth in a forward pass at batch size 1; the program and its weights are loaded
+before both. The first table has the median and the largest ratio. Models that are listed but not
+tried, and empty cells, were not measured in this run."""
 
 
 def _name(record: Record) -> str:
@@ -110,7 +110,7 @@ def _held(record: Record) -> str:
 
 def _rows(records: Sequence[Record]) -> list[str]:
     rows = [
-        "| model | params, M | trace, s | groups, s | removable groups | share | left | error | "
+        "| model | params, M | trace, s | groups, s | removable groups | share | remaining | error | "
         "ONNX parity | memory | result |",
         "|" + "---|" * 11,
     ]

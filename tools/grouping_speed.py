@@ -1,12 +1,12 @@
-"""Time to find groups, against tracing and against Torch-Pruning on the models that it can do.
+"""Compare the time to find groups with tracing, and with Torch-Pruning on models it supports.
 
     pip install --no-deps torch-pruning
     python -m tools.grouping_speed [--suite torchvision] [--repeats 3] [--seconds 120]
 
-The peer builds its dependency graph, which runs the model, and lists its groups; we find groups in
-a traced program. Both are timed in turns, in one process, on one thread, in processor time; the
-least of the repeats counts. Trace time is told apart, since both sides' users pay for what their
-tool needs once. Models that the peer fails on, or does not finish in time, are named.
+Torch-Pruning builds its dependency graph, which runs the model, and lists its groups; fxprune finds
+groups in a traced program. Both are timed in turns, in one process, on one thread, in processor time;
+the fastest repeat counts. The time of tracing is listed separately. Models on which Torch-Pruning
+fails or exceeds the time limit are named.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--suite", default="torchvision", choices=sorted(suites()))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=120, help="limit for the peer on a model")
+    parser.add_argument(
+        "--seconds", type=int, default=120, help="time limit of Torch-Pruning per model"
+    )
     options = parser.parse_args()
     try:
         peer = importlib.import_module("torch_pruning")

@@ -1,12 +1,12 @@
 """Compare implants with removal alone, at equal multiply-accumulates, without training.
 
     python -m tools.implant_study resnet20 --folder DATA --out DIR  # resumable, piece by piece
-    python -m tools.implant_study --out DIR --table                 # what has been measured
+    python -m tools.implant_study --out DIR --table                 # print the results
 
 Per network, share of multiply-accumulates that remains, and draw of the calibration data: the
-accuracy as cut, after recalibrating batch norms, and after reconstruction by least squares, each
-on held-out images; and the latency of the folded ONNX model, all ways timed in turns. Every figure
-is a file in the output folder; what is there is not measured again.
+accuracy before recovery, after recalibrating batch norms, and after reconstruction by least squares, each
+on held-out images; and the interleaved latency of the folded ONNX models. Every figure is a file in
+the output folder, and existing files are not measured again.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def main() -> None:
     parser = study_options(__doc__)
     parser.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS)
     parser.add_argument("--ways", nargs="*", default=tuple(WAYS), choices=tuple(WAYS))
-    parser.add_argument("--images", type=int, help="held-out images that accuracy is measured on")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timing, per target")
+    parser.add_argument("--images", type=int, help="number of held-out images for accuracy")
+    parser.add_argument("--seconds", type=float, default=4.0, help="seconds of timing per target")
     options = parser.parse_args()
     if options.network and options.folder:
         study = Study.load(options.network, options.folder, options.out)

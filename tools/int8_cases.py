@@ -1,4 +1,4 @@
-"""The networks that quantisation is studied on, and their data."""
+"""Networks and data for the study of quantisation."""
 
 from __future__ import annotations
 

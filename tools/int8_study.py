@@ -1,4 +1,4 @@
-"""Quantise trained networks and set them beside ONNX Runtime's own quantiser.
+"""Quantise trained networks, and compare them with ONNX Runtime's own quantiser.
 
     python -m tools.int8_study FOLDER [--only resnet20,vit] [--evaluate 1000] [--calibrate 512]
                                [--methods MinMax,Entropy,Percentile] [--epochs 0]
@@ -6,7 +6,7 @@
                                [--measure] [--adaptive] [--attention] [--rows FILE]
 
 Networks whose rows are in the file of ``--rows``, from the same options, are not studied again, so
-that a run can be interrupted and taken up. resnet18 and resnet50 have random weights and images:
+that a run can be interrupted and continued. resnet18 and resnet50 have random weights and images:
 only their speed means something. FOLDER holds the checkpoints and data that ``int8_cases`` names.
 Every variant of a network calibrates and is measured on the same images, in ONNX Runtime, and all
 are timed in turns. The other quantiser,
@@ -181,18 +181,20 @@ def main() -> None:
     keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", help="networks, separated by commas")
+    parser.add_argument("--only", help="names of networks, separated by commas")
     parser.add_argument("--evaluate", type=int, default=1000)
     parser.add_argument("--calibrate", type=int, default=512)
     parser.add_argument("--methods", default=METHODS)
-    parser.add_argument("--no-depthwise", action="store_true", help="try them in floats too")
+    parser.add_argument(
+        "--no-depthwise", action="store_true", help="also test depthwise layers in FP32"
+    )
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--train", type=int, default=10000)
     parser.add_argument("--measure", action="store_true", help="try opt-outs by measured benefit")
-    parser.add_argument("--adaptive", action="store_true", help="try adaptive rounding")
-    parser.add_argument("--attention", action="store_true", help="try attention on codes")
-    parser.add_argument("--rows", type=Path, help="file that rows are kept in and taken from")
-    parser.add_argument("--macs", help="prune to this first")
+    parser.add_argument("--adaptive", action="store_true", help="also test adaptive rounding")
+    parser.add_argument("--attention", action="store_true", help="also test attention in INT8")
+    parser.add_argument("--rows", type=Path, help="file to read rows from and write rows to")
+    parser.add_argument("--macs", help="prune to this share of MACs first")
     parser.add_argument("--seconds", type=float, default=5)
     options = parser.parse_args()
     columns = [

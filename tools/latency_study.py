@@ -1,13 +1,13 @@
-"""Compare predicted latencies with measured ones, and try latency budgets.
+"""Compare predicted latencies with measured ones, and test latency budgets.
 
     python -m tools.latency_study [--only resnet20,resnet56] [--threads 1] [--fresh]
 
-For cuts that leave given shares of the multiply-accumulates, the latency that the table predicts
-stands beside that of the network after export, in turns with the dense one. Then budgets on latency
-are planned for, and what each plan leaves is exported and measured once more; predictions are
-scaled to the dense latency of the study, which a plan measures anew. Weights are random; latency
-does not depend on them. ``--fresh`` measures the table anew, in a cache folder of its own (where
-the system looks for one in ``XDG_CACHE_HOME``).
+First, networks are pruned to given shares of the multiply-accumulates, and their predicted latency is
+compared with the measured one, interleaved with the dense network. Then latency budgets are planned
+for, and each planned network is exported and measured once more; predictions are scaled to the dense
+latency of the study, because every plan measures it again. Weights are random; latency does not
+depend on them. ``--fresh`` measures a new table in a separate cache folder (on systems that use
+``XDG_CACHE_HOME``).
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def study(name: str, threads: int, folder: Path) -> Iterator[list[str]]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default=DEFAULT, help="networks, separated by commas")
-    parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
-    parser.add_argument("--fresh", action="store_true", help="measure the table anew")
+    parser.add_argument("--only", default=DEFAULT, help="names of networks, separated by commas")
+    parser.add_argument("--threads", type=int, default=1, help="threads of ONNX Runtime")
+    parser.add_argument("--fresh", action="store_true", help="measure a new table")
     options = parser.parse_args()
     print(f"| {' | '.join(HEADS)} |{chr(10)}{'|---' * len(HEADS)}|")
     with tempfile.TemporaryDirectory() as cache:

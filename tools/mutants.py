@@ -1,8 +1,8 @@
-"""Plant one fault at a time in a copy of the checkout, and see that a test notices.
+"""Plant one fault at a time in a copy of the checkout, and check that a test detects it.
 
 Usage: ``python -m tools.mutants [words of a mutant's name]``. Prints a line for each; the exit code
-is the number of faults that no test noticed. A mutant is a piece of source and what it becomes; if
-the piece is no longer there, exactly once, the mutant is out of date and that is said.
+is the number of faults that no test detected. A mutant replaces one piece of source by another; if
+the piece does not occur exactly once, the mutant is reported as out of date.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The faults that ``tools.mutants`` plants: pieces of source, and what they become."""
+"""The faults that ``tools.mutants`` plants: pieces of source and their replacements."""
 
 from __future__ import annotations
 

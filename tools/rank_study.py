@@ -1,12 +1,12 @@
 """Compare the criteria of ``annotate-sensitivity`` on trained networks.
 
     python -m tools.rank_study resnet20 --folder DATA --out DIR     # resumable, piece by piece
-    python -m tools.rank_study --out DIR --table                    # what has been measured so far
+    python -m tools.rank_study --out DIR --table                    # print the results
 
-Per network: the measured rise in loss when one unit goes (units drawn at random, each removed
+Per network: the measured rise in loss when one unit is removed (units drawn at random, each removed
 alone), its rank correlation with every criterion, and the accuracy after removal at equal
-multiply-accumulates, as cut and after recalibrating batch norms, for several draws of the
-calibration data. Every figure is a file in the output folder; what is there is not measured again.
+multiply-accumulates, before recovery and after recalibrating batch norms, for several draws of the
+calibration data. Every figure is a file in the output folder; existing files are not measured again.
 """
 
 from __future__ import annotations

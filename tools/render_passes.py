@@ -1,7 +1,7 @@
 """Write the table of passes into the README, from their docstrings.
 
 Usage: ``python tools/render_passes.py [--check]``; with ``--check`` nothing is written, and the
-exit code tells whether the README is up to date.
+exit code is 1 if the README is out of date.
 """
 
 from __future__ import annotations

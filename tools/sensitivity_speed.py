@@ -1,10 +1,10 @@
-"""Measure how fast sensitivities are, against a plain loop, in one interleaved run.
+"""Compare the speed of sensitivities with that of a plain loop, in one interleaved run.
 
     python -m tools.sensitivity_speed --weights resnet32.pt --arch pkg:factory --data train.npz
 
 The plain loop is how the method is usually written: for every probe the gradient's graph is built
-anew, multiplied with random signs by a second backward pass, and every channel's share is added up
-in Python. It runs the same graph on the same batch. Against it: the same product with the graph
+again, multiplied with random signs by a second backward pass, and every channel's share is added up
+in Python. It runs the same graph on the same batch. It is compared with the same product with the graph
 kept and all units summed at once (``weights``), probes on the outputs (``outputs``), and no probes
 at all (``exact``). The last part compares the lowest half of the units, by each method, with that
 of a long run of output probes. Seconds are of processor time on one thread, so that other work on
@@ -130,13 +130,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--arch", required=True, help="package.module:factory, or path.py:factory")
-    parser.add_argument("--argument", type=int, help="what the factory is called with")
+    parser.add_argument("--argument", type=int, help="argument of the factory")
     parser.add_argument("--data", type=Path, required=True, help=".npz with x (uint8 NHWC) and y")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--probes", type=int, default=4, help="per timing")
+    parser.add_argument("--probes", type=int, default=4, help="probes per timing")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ranking", action="store_true", help="also the thousand-probe ranking")
+    parser.add_argument(
+        "--ranking", action="store_true", help="also compute the ranking by 1,000 probes"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = load_data(options.data)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv in the checkout, with fxprune and one of its extras; does nothing if that is done.
+# Create .venv in the checkout, with fxprune and one of its extras; does nothing if it exists.
 # Usage: tools/setup.sh EXTRA        (examples or test)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,7 +17,7 @@ find_python() {
 }
 
 # The marker is written last, and names what was installed: a half-made .venv is completed, and a
-# changed pyproject.toml is installed anew.
+# changed pyproject.toml is installed again.
 marker=.venv/.fxprune-$extra
 wanted=$(cksum <pyproject.toml)
 if [[ -f $marker && $(<"$marker") == "$wanted" ]]; then

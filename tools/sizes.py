@@ -1,4 +1,4 @@
-"""Print how long modules and functions are, and fail where one is longer than the house allows."""
+"""Print the lengths of modules and functions; fail if one exceeds its limit."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Measure the memory and the time that masks and a look ahead take on vision transformers.
+"""Measure memory and time of masks and a lookahead on vision transformers.
 
     python -m tools.snows_memory vit_l_16 --out DIR                    # a file per four blocks
     python -m tools.snows_memory vit_l_16 --out DIR --blocks 2 --images 8 --at-once 1  # a trial
 
 Weights and images are random, which changes no size. In-projections, out-projections and both
-layers of the MLPs get 2:4 masks and are mended with a look ahead of three operations, some blocks
-at a time: what they came to is a file, next to their weights, and is not measured again. Every time
-the blocks before are gone through once more. Prints seconds, the peak of the process's resident
-memory, and the losses.
+layers of the MLPs get 2:4 masks and are re-fitted with a lookahead of three operators, some blocks at
+a time. Their results and weights are files, and existing files are not measured again. Every piece
+runs the blocks before it again. Prints seconds, the peak resident memory of the process, and the
+losses.
 """
 
 from __future__ import annotations
@@ -112,11 +112,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("network", choices=sorted(SIZES))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--blocks", type=int, help="of the network; all if not given")
+    parser.add_argument("--blocks", type=int, help="number of blocks of the network (default: all)")
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--memory", type=float, default=4.0, help="GiB for activations")
+    parser.add_argument("--memory", type=float, default=4.0, help="memory for activations, in GiB")
     parser.add_argument("--at-once", type=int, default=4, help="blocks per piece")
-    parser.add_argument("--pieces", type=int, help="how many to do; all if not given")
+    parser.add_argument("--pieces", type=int, help="number of pieces to run (default: all)")
     parser.add_argument("--pattern", default="2:4")
     options = parser.parse_args()
     size = options.blocks or "all"

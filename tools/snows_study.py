@@ -1,14 +1,14 @@
-"""Measure what reconstruction recovers, on masks and after removal.
+"""Measure how much accuracy reconstruction recovers, with masks and after removal.
 
     python -m tools.snows_study resnet20 --folder DATA --out DIR     # resumable, piece by piece
-    python -m tools.snows_study --out DIR --table                    # what has been measured so far
+    python -m tools.snows_study --out DIR --table                    # print the results
 
-Per network and task: the accuracy on held-out images as cut or masked, with batch norms
-recalibrated, with layers solved for by least squares, and with a look ahead; on masks, also by the
-settings of arXiv 2411.18376, as they come out and with batch norms recalibrated after them. For
-several draws of the calibration images, the same for every way. No labels are used. Every figure is
-a file in the output folder; what is there is not measured again. The paper's settings take longest,
-and are measured a few layers at a time.
+Per network and task: the accuracy on held-out images before recovery, with batch norms
+recalibrated, with layers re-fitted by least squares, and with a lookahead; with masks, also for the
+settings of arXiv 2411.18376, with and without batch norms recalibrated afterwards. All methods use
+the same draws of the calibration images. No labels are used. Every figure is a file in the output
+folder, and existing files are not measured again. The paper's settings take longest, and are
+measured a few layers at a time.
 """
 
 from __future__ import annotations
@@ -163,8 +163,15 @@ def main() -> None:
     parser.add_argument("--lookahead", type=int, default=12)
     parser.add_argument("--evaluated", type=int, default=10_000)
     parser.add_argument("--ways", nargs="*", choices=("ours", "paper"), default=("ours", "paper"))
-    parser.add_argument("--cg-steps", type=int, default=PAPER.cg_steps, help="of the paper's way")
-    parser.add_argument("--at-once", type=int, default=3, help="layers per piece, likewise")
+    parser.add_argument(
+        "--cg-steps",
+        type=int,
+        default=PAPER.cg_steps,
+        help="conjugate-gradient steps with the paper's settings",
+    )
+    parser.add_argument(
+        "--at-once", type=int, default=3, help="layers per piece with the paper's settings"
+    )
     options = parser.parse_args()
     if options.network and options.folder:
         study = Study.load(options.network, options.folder, options.out)

@@ -1,10 +1,10 @@
-"""How soon a trace's ranking at the cut has settled, against a ranking of many probes.
+"""Measure how soon the ranking of a trace settles, compared with a ranking by many probes.
 
     python -m tools.stopping_study 32 --folder DATA [--samples 64] [--reference 1000]
 
 On a ResNet for CIFAR-10: the reference takes all its probes of the outputs; then ``auto``, and
 probes of the outputs until the rule stops them. Overlap is the share of the least sensitive half
-that two rankings have in common. Seconds are the processor's.
+that two rankings have in common. Seconds are processor time.
 """
 
 from __future__ import annotations
@@ -63,9 +63,11 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("depth", type=int, help="20, 32 or 56")
-    parser.add_argument("--folder", type=Path, required=True, help="with weights and images")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of weights and images")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--reference", type=int, default=1000, help="probes of the reference")
+    parser.add_argument(
+        "--reference", type=int, default=1000, help="number of probes of the reference"
+    )
     options = parser.parse_args()
     data = load_data(options.folder / "cifar10_train_10k.npz")
     arch = str(options.folder / "arch/models_cifar.py:resnet")

@@ -1,4 +1,4 @@
-"""Trained networks and images for the measuring tools."""
+"""Trained networks and images for the studies."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def study_options(about: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options that every study of networks has."""
     parser = argparse.ArgumentParser(description=about.splitlines()[0] if about else None)
     parser.add_argument("network", nargs="?", choices=sorted(NETWORKS))
-    parser.add_argument("--folder", type=Path, help="where weights and images lie")
+    parser.add_argument("--folder", type=Path, help="folder of weights and images")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--table", action="store_true", help="print what has been measured")
+    parser.add_argument("--table", action="store_true", help="print the results")
     return parser
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that has to pass: style, types, sizes, rendered docs, tests. Arguments go to pytest.
+# Run all checks: style, types, sizes, rendered docs, tests. Arguments are passed to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 tools/setup.sh test

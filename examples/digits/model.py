@@ -1,4 +1,4 @@
-"""A small residual network for 8 x 8 digits: three stages, two of them entered by a projection."""
+"""A small residual network for 8 x 8 digits: three stages, two of which start with a projection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train the digits network from scratch, as ``digits.safetensors`` was.
+"""Train the digits network from scratch; the result is ``digits.safetensors``.
 
 Run ``python -m examples.digits.train`` in the checkout; it takes about half a minute on one core.
 """

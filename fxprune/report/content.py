@@ -123,9 +123,9 @@ class TargetEntry:
     def figures(self) -> str:
         """The value and the limit, for people."""
         if not self.target.startswith("latency"):
-            return f"{self.value:,.0f} of at most {self.limit:,.0f}"
-        text = f"{self.value:.3g} of at most {self.limit:.3g} ms"
-        return text if self.predicted is None else f"{text} ({self.predicted:.3g} predicted)"
+            return f"{self.value:,.0f} (limit {self.limit:,.0f})"
+        text = f"{self.value:.3g} ms (limit {self.limit:.3g} ms)"
+        return text if self.predicted is None else f"{text}, {self.predicted:.3g} ms predicted"
 
 
 @dataclass(frozen=True, repr=False)

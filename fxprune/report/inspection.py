@@ -103,7 +103,7 @@ def print_inspection(found: Inspection, console: Console) -> None:
     if not frozen:
         return
     console.print(f"\n{plural(len(frozen), 'frozen group')}", style="bold")
-    table = Table("group", "units", "params", "MACs", "why", box=None, pad_edge=False)
+    table = Table("group", "units", "params", "MACs", "reason", box=None, pad_edge=False)
     for number in (1, 2, 3):
         table.columns[number].justify = "right"
     for group in frozen:

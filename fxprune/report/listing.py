@@ -22,7 +22,10 @@ def describe(step: type[Pass]) -> dict[str, Any]:
     """Return the name of a pass, purpose, options with defaults, and facts, as plain values."""
     doc = inspect.cleandoc(step.__doc__ or "")
     _, _, attributes = doc.partition("Attributes:\n")
-    texts = {name: " ".join(text.split()) for name, text in _ATTRIBUTE.findall(attributes)}
+    texts = {
+        name: " ".join(text.replace("``", "").split())
+        for name, text in _ATTRIBUTE.findall(attributes)
+    }
     module = inspect.getmodule(step)
     hints = get_type_hints(step)
     purpose = inspect.cleandoc((module and module.__doc__) or doc).partition("\n\n")[0]

@@ -40,8 +40,8 @@ class Precision:
         text = f"kept {self.kept.upper()}: {self.why}"
         if self.fp32 is None or self.int8 is None:
             return text
-        pairs = [f"{self.int8.latency_ms:.3f} and {self.fp32.latency_ms:.3f} ms"]
-        pairs.append(f"{self.int8.onnx_bytes:,} and {self.fp32.onnx_bytes:,} bytes")
+        pairs = [f"{self.int8.latency_ms:.3f} / {self.fp32.latency_ms:.3f} ms"]
+        pairs.append(f"{self.int8.onnx_bytes:,} / {self.fp32.onnx_bytes:,} bytes")
         if self.int8.accuracy is not None and self.fp32.accuracy is not None:
-            pairs.append(f"{100 * self.int8.accuracy:.2f} and {100 * self.fp32.accuracy:.2f} %")
-        return f"{text} (INT8 and FP32: {', '.join(pairs)})"
+            pairs.append(f"{100 * self.int8.accuracy:.2f} / {100 * self.fp32.accuracy:.2f} %")
+        return f"{text}; INT8 / FP32: {', '.join(pairs)}"

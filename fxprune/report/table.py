@@ -18,7 +18,7 @@ Row = tuple[str, str, str, str]
 
 
 def rows(report: RunReport) -> Iterator[Row]:
-    """Yield the lines of the before/after table: name, before, after, change."""
+    """Yield the rows of the before/after table: name, before, after, change."""
     before, after = report.before, report.after
     yield _row("parameters", before.params, after.params, "{:,}")
     yield _row("MACs per sample", before.macs, after.macs, "{:,}")
@@ -51,7 +51,7 @@ def print_report(report: RunReport, console: Console) -> None:
 
 
 def _figures(report: RunReport) -> Table:
-    table = Table("", "before", "after", "", box=None, pad_edge=False, header_style="bold")
+    table = Table("", "before", "after", "change", box=None, pad_edge=False, header_style="bold")
     for number in (1, 2):
         table.columns[number].justify = "right"
     for row in rows(report):
@@ -60,7 +60,9 @@ def _figures(report: RunReport) -> Table:
 
 
 def _passes(report: RunReport) -> Table:
-    table = Table("pass", "seconds", "changes", "params", "MACs", box=None, pad_edge=False)
+    table = Table(
+        "pass", "seconds", "changes", "params after", "MACs after", box=None, pad_edge=False
+    )
     for number in range(1, 5):
         table.columns[number].justify = "right"
     for entry in report.entries:
@@ -84,7 +86,7 @@ def _short(content: ReportTable) -> RenderableType:
 
 
 def _trials(report: RunReport) -> Table:
-    table = Table("tried", "seconds", "MACs", "accuracy", "lost", box=None, pad_edge=False)
+    table = Table("target", "seconds", "MACs", "accuracy", "loss", box=None, pad_edge=False)
     for number in range(1, 5):
         table.columns[number].justify = "right"
     for trial in report.trials:
@@ -121,7 +123,7 @@ def _verdict(good: bool, text: str, yes: str, no: str) -> Text:
 
 
 def print_latencies(found: Mapping[str, Latency], console: Console) -> None:
-    """Print models timed against each other; speed-ups are over the first."""
+    """Print models timed against each other; speed-ups compare with the first."""
     table = Table("model", "median ms", "p10", "p90", "speed-up", "p10 to p90", box=None)
     for name, one in found.items():
         times = (f"{value:.3f}" for value in (one.median_ms, one.p10_ms, one.p90_ms))
