@@ -4,7 +4,8 @@
         --data examples.imagenet_sample:data --data-option root=FOLDER --target macs=50% -o out/
 
 The folder holds ``imagenet_sample1000_224.npz``: ``jpeg`` (the bytes of all files, concatenated),
-``offsets`` (1,001 of them) and ``labels``. Half of the images are for calibration, the other half for evaluation.
+``offsets`` (1,001 of them) and ``labels``. Half of the images are for calibration, the other half
+for evaluation.
 """
 
 from __future__ import annotations

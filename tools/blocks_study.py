@@ -4,9 +4,10 @@
     python -m tools.blocks_study --out DIR --table                  # print the results
 
 Per network, share of multiply-accumulates that remains, and draw of the calibration data: the
-accuracy before recovery, after recalibrating batch norms, and after reconstruction by least squares, without
-training, on held-out images; and the speed-up over the dense network of ONNX models in FP32 and
-INT8, interleaved. Branches are removed by how much they move the output, or at random (control).
+accuracy before recovery, after recalibrating batch norms, and after reconstruction by least
+squares, without training, on held-out images; and the speed-up over the dense network of ONNX
+models in FP32 and INT8, interleaved. Branches are removed by how much they move the output, or at
+random (control).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python -m tools.coverage --suite torchvision --suite timm --out coverage.jsonl
     python -m tools.coverage --out coverage.jsonl --markdown docs/coverage.md
 
-Every model adds one JSON line to the file; models that are already in it are skipped, so a run can be
-interrupted and continued. ``--retry`` runs failed models again.
+Every model adds one JSON line to the file; models that are already in it are skipped, so a run can
+be interrupted and continued. ``--retry`` runs failed models again.
 """
 
 from __future__ import annotations

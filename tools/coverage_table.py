@@ -81,11 +81,11 @@ group, chosen at random, are removed. The smaller model then runs forward at two
 backward, and its ONNX file is compared with it in ONNX Runtime. *Share* is the fraction of the
 parameters that belong to some removable unit. *Error* is the error of zero-then-remove, for the
 groups that no normalisation mixes with others (limit: 1e-5 in single precision or, where rounding
-alone exceeds that, 1e-10 in double precision). Times are seconds of processor time on one thread; the
-first table has medians. *Memory* is the peak growth of the process while groups are found, in MiB,
-compared with the growth in a forward pass at batch size 1; the program and its weights are loaded
-before both. The first table has the median and the largest ratio. Models that are listed but not
-tried, and empty cells, were not measured in this run."""
+alone exceeds that, 1e-10 in double precision). Times are seconds of processor time on one thread;
+the first table has medians. *Memory* is the peak growth of the process while groups are found, in
+MiB, compared with the growth in a forward pass at batch size 1; the program and its weights are
+loaded before both. The first table has the median and the largest ratio. Models that are listed
+but not tried, and empty cells, were not measured in this run."""
 
 
 def _name(record: Record) -> str:
@@ -110,8 +110,8 @@ def _held(record: Record) -> str:
 
 def _rows(records: Sequence[Record]) -> list[str]:
     rows = [
-        "| model | params, M | trace, s | groups, s | removable groups | share | remaining | error | "
-        "ONNX parity | memory | result |",
+        "| model | params, M | trace, s | groups, s | removable groups | share | remaining | "
+        "error | ONNX parity | memory | result |",
         "|" + "---|" * 11,
     ]
     for record in sorted(records, key=_name):

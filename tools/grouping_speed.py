@@ -4,9 +4,9 @@
     python -m tools.grouping_speed [--suite torchvision] [--repeats 3] [--seconds 120]
 
 Torch-Pruning builds its dependency graph, which runs the model, and lists its groups; fxprune finds
-groups in a traced program. Both are timed in turns, in one process, on one thread, in processor time;
-the fastest repeat counts. The time of tracing is listed separately. Models on which Torch-Pruning
-fails or exceeds the time limit are named.
+groups in a traced program. Both are timed in turns, in one process, on one thread, in processor
+time; the fastest repeat counts. The time of tracing is listed separately. Models on which
+Torch-Pruning fails or exceeds the time limit are named.
 """
 
 from __future__ import annotations

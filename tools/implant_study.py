@@ -4,9 +4,9 @@
     python -m tools.implant_study --out DIR --table                 # print the results
 
 Per network, share of multiply-accumulates that remains, and draw of the calibration data: the
-accuracy before recovery, after recalibrating batch norms, and after reconstruction by least squares, each
-on held-out images; and the interleaved latency of the folded ONNX models. Every figure is a file in
-the output folder, and existing files are not measured again.
+accuracy before recovery, after recalibrating batch norms, and after reconstruction by least
+squares, each on held-out images; and the interleaved latency of the folded ONNX models. Every
+figure is a file in the output folder, and existing files are not measured again.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 
     python -m tools.latency_study [--only resnet20,resnet56] [--threads 1] [--fresh]
 
-First, networks are pruned to given shares of the multiply-accumulates, and their predicted latency is
-compared with the measured one, interleaved with the dense network. Then latency budgets are planned
-for, and each planned network is exported and measured once more; predictions are scaled to the dense
-latency of the study, because every plan measures it again. Weights are random; latency does not
-depend on them. ``--fresh`` measures a new table in a separate cache folder (on systems that use
-``XDG_CACHE_HOME``).
+First, networks are pruned to given shares of the multiply-accumulates, and their predicted latency
+is compared with the measured one, interleaved with the dense network. Then latency budgets are
+planned for, and each planned network is exported and measured once more; predictions are scaled to
+the dense latency of the study, because every plan measures it again. Weights are random; latency
+does not depend on them. ``--fresh`` measures a new table in a separate cache folder (on systems
+that use ``XDG_CACHE_HOME``).
 """
 
 from __future__ import annotations

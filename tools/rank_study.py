@@ -6,7 +6,8 @@
 Per network: the measured rise in loss when one unit is removed (units drawn at random, each removed
 alone), its rank correlation with every criterion, and the accuracy after removal at equal
 multiply-accumulates, before recovery and after recalibrating batch norms, for several draws of the
-calibration data. Every figure is a file in the output folder; existing files are not measured again.
+calibration data. Every figure is a file in the output folder; existing files are not measured
+again.
 """
 
 from __future__ import annotations

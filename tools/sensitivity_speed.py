@@ -4,11 +4,11 @@
 
 The plain loop is how the method is usually written: for every probe the gradient's graph is built
 again, multiplied with random signs by a second backward pass, and every channel's share is added up
-in Python. It runs the same graph on the same batch. It is compared with the same product with the graph
-kept and all units summed at once (``weights``), probes on the outputs (``outputs``), and no probes
-at all (``exact``). The last part compares the lowest half of the units, by each method, with that
-of a long run of output probes. Seconds are of processor time on one thread, so that other work on
-the machine does not count.
+in Python. It runs the same graph on the same batch. It is compared with the same product with the
+graph kept and all units summed at once (``weights``), probes on the outputs (``outputs``), and no
+probes at all (``exact``). The last part compares the lowest half of the units, by each method, with
+that of a long run of output probes. Seconds are of processor time on one thread, so that other work
+on the machine does not count.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     python -m tools.snows_memory vit_l_16 --out DIR --blocks 2 --images 8 --at-once 1  # a trial
 
 Weights and images are random, which changes no size. In-projections, out-projections and both
-layers of the MLPs get 2:4 masks and are re-fitted with a lookahead of three operators, some blocks at
-a time. Their results and weights are files, and existing files are not measured again. Every piece
-runs the blocks before it again. Prints seconds, the peak resident memory of the process, and the
-losses.
+layers of the MLPs get 2:4 masks and are re-fitted with a lookahead of three operators, some blocks
+at a time. Their results and weights are files, and existing files are not measured again. Every
+piece runs the blocks before it again. Prints seconds, the peak resident memory of the process, and
+the losses.
 """
 
 from __future__ import annotations
