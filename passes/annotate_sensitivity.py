@@ -28,17 +28,15 @@ from fxprune.graph.facts import SENSITIVITY, Preference
 from fxprune.graph.program import Program
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
-from fxprune.sensitivity.model import LabelSource, Precision
-from fxprune.sensitivity.running_stats import StoppingRule
 from fxprune.sensitivity.scores import measure
-from fxprune.sensitivity.task import Criterion, Estimator, Negative, Settings
+from fxprune.sensitivity.task import SensitivitySettings
 from fxprune.structure.groups import find_groups
 
 META = "fxprune.sensitivity"
 
 
 @dataclass(frozen=True)
-class AnnotateSensitivity(Pass):
+class AnnotateSensitivity(SensitivitySettings, Pass):
     """Score every removable unit.
 
     Attributes:
@@ -64,35 +62,19 @@ class AnnotateSensitivity(Pass):
 
     """
 
-    criterion: Criterion = "output-shift"
-    probes: int = 300
-    min_probes: int = 16
-    cut: float = 0.5
-    tolerance: float = 0.01
-    precision: Precision = "fp32"
-    samples: int = 256
-    batch_size: int = 64
-    memory_gib: float = 2.0
-    labels: LabelSource = "data"
-    estimator: Estimator = "auto"
-    negative: Negative = "abs"
-    output_probes: int = 0
     attention: Preference = "heads"
 
     name: ClassVar[str] = "annotate-sensitivity"
     acts: ClassVar[bool] = False
     gives: ClassVar[Facts] = frozenset({SENSITIVITY})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()  # of the settings; the class checks the choices of a pass first
+
     def run(self, program: Program, context: Context) -> Outcome:
         """Measure, record the fact, and annotate the parameter nodes."""
-        settings = Settings(
-            self.criterion, self.samples, self.batch_size, self.precision, self.labels,
-            self.estimator, self.negative,
-            StoppingRule(self.cut, self.tolerance, self.min_probes, self.probes),
-            self.output_probes, self.memory_gib,
-        )  # fmt: skip
         groups = find_groups(program, self.attention)
-        sensitivity, layout, skipped = measure(program, groups, settings, context)
+        sensitivity, layout, skipped = measure(program, groups, self, context)
         program.put(SENSITIVITY, replace(sensitivity, attention=self.attention))
         scores = layout.joined(sensitivity.scores)
         spread = layout.spread(scores)

@@ -21,8 +21,8 @@ than it began there. Raises an error if there is no training data.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 from fxprune.graph.facts import MASKS, REMOVED
 from fxprune.graph.program import Program
@@ -36,7 +36,7 @@ NORM_SAMPLES, NORM_BATCH = 1024, 128  # that the statistics of norms are taken o
 
 
 @dataclass(frozen=True)
-class Finetune(Pass):
+class Finetune(Schedule, Pass):
     """Fine-tune all parameters.
 
     Attributes:
@@ -55,15 +55,6 @@ class Finetune(Pass):
 
     """
 
-    epochs: int = 1
-    lr: float = 0.01
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    warmup: float = 0.1
-    weight_decay: float = 5e-4
-    batch_size: int = 64
-    distill: float = 0.7
-    temperature: float = 4.0
-    clip: float = 5.0
     held_out: float = 0.05
 
     name: ClassVar[str] = "finetune"
@@ -74,10 +65,9 @@ class Finetune(Pass):
         """Train; changes counts the parameters that took part."""
         if self.epochs <= 0:
             return Outcome()
-        schedule = Schedule(**{field.name: getattr(self, field.name) for field in fields(Schedule)})
         restate_norms(program, context, NORM_SAMPLES, NORM_BATCH)
         found = guarded(
-            program, context, schedule, self.held_out, lambda part: train(program, part, schedule)
+            program, context, self, self.held_out, lambda part: train(program, part, self)
         )
         trained = sum(p.requires_grad for p in program.graph_module.parameters())
         return Outcome(trained, details=found.to_details(), notes=found.notes)

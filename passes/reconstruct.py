@@ -27,14 +27,14 @@ or that operators other than layers read, do not change.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
 from fxprune.calibration.layer_matrix import layers
-from fxprune.calibration.running import fixed_batch, placed
-from fxprune.data.batches import batches
+from fxprune.calibration.running import placed
+from fxprune.calibration.stream import calibration_stream
 from fxprune.errors import InputError
 from fxprune.graph.cost import activation_bytes, cost
 from fxprune.graph.facts import MASKS, PLAN, REMOVED
@@ -44,22 +44,21 @@ from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
 from fxprune.pipeline.patterns import names_of_tensor, select_any
 from fxprune.reconstruction.driver import GIB, Mended, Reconstruction
 from fxprune.reconstruction.incremental_run import Store
-from fxprune.reconstruction.layer_solvers import Settings
-from fxprune.reconstruction.lookahead import Curvature, Solver
+from fxprune.reconstruction.layer_solvers import SolverSettings
 
 # Bytes of all values of a batch beyond which memory that is new to the process at every operator
 # takes longer than smaller batches do: a forward pass of MobileNetV2 takes 75 ms of processor time
 # per image in batches of 100, 45 in batches of 32, and 24 in batches of 16.
-QUICK = 2**30
+FAST_BATCH_BYTES = 2**30
 # What ``auto`` looks ahead, and the multiply-accumulates of one run over the samples up to which it
 # does: looking ahead from every layer then takes some four minutes of processor time, 2.7 ns each.
 TRIAL_SAMPLES = 256  # where plans are tried
-AHEAD = 12
-AFFORDABLE = 1e11
+AUTO_LOOKAHEAD = 12
+AUTO_LOOKAHEAD_MAX_MACS = 1e11
 
 
 @dataclass(frozen=True)
-class Reconstruct(Pass):
+class Reconstruct(SolverSettings, Pass):
     """Match values to those of the dense program, layer by layer.
 
     Attributes:
@@ -88,16 +87,8 @@ class Reconstruct(Pass):
 
     samples: int = 1024
     batch_size: int = 128
-    ridge: float = 1e-3
-    held_out: float = 0.2
     lookahead: int | str = 0
     rounds: int = 1
-    curvature: Curvature = "gauss-newton"
-    steps: int = 2
-    cg_steps: int = 10
-    damping: float = 1e-3
-    tolerance: float = 1e-3
-    solver: Solver = "own"
     memory_gib: float = 4.0
     only: tuple[str, ...] = ()
 
@@ -141,11 +132,12 @@ class Reconstruct(Pass):
         if not isinstance(self.lookahead, str):
             return self.lookahead, []
         samples = min(self.samples, len(context.samples.calibration))
-        if samples * cost(dense).macs <= AFFORDABLE:
-            return AHEAD, []
+        if samples * cost(dense).macs <= AUTO_LOOKAHEAD_MAX_MACS:
+            return AUTO_LOOKAHEAD, []
         return 0, [
             "reconstruct re-fitted every layer but did not look ahead, because that would take "
-            f"long; to look ahead, write reconstruct{{lookahead={AHEAD}}} in your own pipeline"
+            f"long; to look ahead, write reconstruct{{lookahead={AUTO_LOOKAHEAD}}} in your own "
+            "pipeline"
         ]
 
     def _check(self, program: Program) -> None:
@@ -161,17 +153,20 @@ class Reconstruct(Pass):
         self, program: Program, dense: Program, context: Context, lookahead: int
     ) -> tuple[list[Mended], tuple[Skip, ...], dict[str, Any]]:
         """Mend every layer once."""
-        same = {field.name: getattr(self, field.name) for field in fields(Settings)}
-        settings = Settings(**{**same, "lookahead": lookahead})
         half = int(self.memory_gib * GIB / 2)
         only = self._chosen(program)
         chosen = None if only is None else only.__contains__
         with Store(half) as store:
-            task = Reconstruction(program, dense, settings, store, context.device, chosen)
-            size = fixed_batch(program) or min(
-                self.batch_size, task.most_samples(half), self._quick(program, lookahead)
+            task = Reconstruction(
+                program, dense, self, store, context.device, chosen, lookahead=lookahead
             )
-            total = self._enter(task, context, size, program) if len(task) else 0
+            size = min(self.batch_size, task.most_samples(half), self._quick(program, lookahead))
+            total = 0
+            if len(task):
+                stream = calibration_stream(program, context, self.samples, size)
+                size, total = stream.batch_size, stream.total
+                for batch in stream:
+                    task.enter(batch.inputs)
             text = f"looking {lookahead} operators ahead" if lookahead else "reconstructing"
             work = context.progress.track(task.mend(), text, len(task))
             mended = [layer for layer in work if layer is not None]
@@ -185,8 +180,10 @@ class Reconstruct(Pass):
         return mended, skips, told
 
     def _quick(self, program: Program, lookahead: int) -> int:
-        """The samples of a batch that run fastest; curvature needs many, moments do not."""
-        return self.batch_size if lookahead else max(QUICK // activation_bytes(program), 1)
+        """The batch size that runs fastest; curvature needs many samples, moments do not."""
+        return (
+            self.batch_size if lookahead else max(FAST_BATCH_BYTES // activation_bytes(program), 1)
+        )
 
     def _chosen(self, program: Program) -> frozenset[str] | None:
         """The weights that ``only`` names; None for all."""
@@ -194,16 +191,6 @@ class Reconstruct(Pass):
             return None
         names = {layer.weight: names_of_tensor(layer.weight) for layer in layers(program)}
         return select_any(self.only, names, "reconstruct{only}", "layer")
-
-    def _enter(self, task: Reconstruction, context: Context, size: int, program: Program) -> int:
-        """Hand over the samples; returns how many."""
-        samples = context.samples.calibration
-        total = min(self.samples, len(samples))
-        if fixed_batch(program):
-            total = max(total - total % size, size)
-        for batch in batches(samples, size, seed=context.seed, limit=total, device=context.device):
-            task.enter(batch.inputs)
-        return total
 
 
 def _placed(program: Program, device: str) -> Program:

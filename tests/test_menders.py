@@ -12,14 +12,14 @@ import fxprune.reconstruction.layer_solvers
 from fxprune.calibration.layer_matrix import layers
 from fxprune.graph.facts import Removed
 from fxprune.graph.program import Program
-from fxprune.reconstruction.layer_solvers import Settings, Site, descend, refit, restrict
+from fxprune.reconstruction.layer_solvers import Site, SolverSettings, descend, refit, restrict
 from fxprune.reconstruction.lookahead import Solver
 from fxprune.reconstruction.region import comparable, cut
 
 GENERATOR = torch.Generator().manual_seed(0)
 SAMPLES, MIX = (torch.randn(n, 6, generator=GENERATOR, dtype=torch.float64) for n in (64, 6))
 X = SAMPLES @ MIX / 3  # inputs that know of each other
-SETTINGS = Settings(lookahead=3, steps=8, cg_steps=60, damping=0.0, tolerance=1e-8)
+SETTINGS = SolverSettings(steps=8, cg_steps=60, damping=0.0, tolerance=1e-8)
 
 
 def site(batches: int = 2, *, masked: bool = True) -> tuple[Program, Site]:

@@ -9,7 +9,7 @@ from fxprune.calibration.layer_matrix import layers
 from fxprune.graph.program import Program
 from fxprune.reconstruction.driver import Reconstruction
 from fxprune.reconstruction.incremental_run import Store
-from fxprune.reconstruction.layer_solvers import Settings
+from fxprune.reconstruction.layer_solvers import SolverSettings
 
 X = torch.randn(60, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -35,9 +35,15 @@ def torn() -> tuple[Program, Program]:
     return program, dense
 
 
-def mend(program: Program, dense: Program, settings: Settings, limit: int = 2**20) -> list[str]:
+def mend(
+    program: Program,
+    dense: Program,
+    settings: SolverSettings,
+    lookahead: int = 0,
+    limit: int = 2**20,
+) -> list[str]:
     with torch.no_grad(), Store(limit) as store:
-        task = Reconstruction(program, dense, settings, store, "cpu")
+        task = Reconstruction(program, dense, settings, store, "cpu", lookahead=lookahead)
         for batch in X.split(20):
             task.enter((batch,))
         assert len(task) == 3
@@ -46,7 +52,7 @@ def mend(program: Program, dense: Program, settings: Settings, limit: int = 2**2
 
 def test_layers_are_solved_for_on_what_those_before_them_make() -> None:
     program, dense = torn()
-    assert mend(program, dense, Settings(ridge=0.0, held_out=0.0))[0] == "one.weight"
+    assert mend(program, dense, SolverSettings(ridge=0.0, held_out=0.0))[0] == "one.weight"
     with torch.no_grad():  # nothing is removed, so the first layer finds its old weights again
         torch.testing.assert_close(program(X), dense(X))
 
@@ -58,7 +64,7 @@ def test_regions_are_compared_layer_by_layer_in_graph_order() -> None:
             program.tensor(name)[0] += 0.5
         before = float((program(X) - dense(X)).square().mean())
     names = [layer.weight for layer in layers(program)]
-    assert mend(program, dense, Settings(lookahead=2), limit=0) == names
+    assert mend(program, dense, SolverSettings(), 2, limit=0) == names
     with torch.no_grad():
         assert float((program(X) - dense(X)).square().mean()) < before / 2
 
@@ -67,7 +73,7 @@ def test_memory_limits_the_batch() -> None:
     program, dense = torn()
     with Store(0) as store:
         tasks = [
-            Reconstruction(program, dense, Settings(lookahead=ahead), store, "cpu")
+            Reconstruction(program, dense, SolverSettings(), store, "cpu", lookahead=ahead)
             for ahead in (0, 1, 4)
         ]
         most = [task.most_samples(2**20) for task in tasks]
@@ -80,6 +86,6 @@ def test_weights_may_be_chosen() -> None:
     program, dense = torn()
     with Store(0) as store:
         task = Reconstruction(
-            program, dense, Settings(), store, "cpu", lambda name: name.startswith("t")
+            program, dense, SolverSettings(), store, "cpu", lambda name: name.startswith("t")
         )
         assert len(task) == 2

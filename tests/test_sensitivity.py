@@ -20,13 +20,12 @@ from fxprune.data.roles import Data
 from fxprune.errors import FxpruneError, InputError
 from fxprune.pipeline.context import Context
 from fxprune.sensitivity.gates import GatedProgram
-from fxprune.sensitivity.running_stats import StoppingRule
-from fxprune.sensitivity.scores import Settings, measure
+from fxprune.sensitivity.scores import SensitivitySettings, measure
 
 
 def measured(criterion: Any, **options: Any) -> tuple[Tensor, Tensor]:
     program, (x, y) = build(nn.LeakyReLU), samples()
-    settings = Settings(criterion, samples=SIZE, batch_size=SIZE, **options)
+    settings = SensitivitySettings(criterion, samples=SIZE, batch_size=SIZE, **options)
     found, layout, _ = measure(program, find_groups(program), settings, context(x, y))
     gated = GatedProgram.of(program, layout.groups)
     values = torch.ones(SIZE, gated.units, dtype=torch.float64, requires_grad=True)
@@ -109,8 +108,7 @@ def reordered(model: Pair, order: Tensor) -> Pair:
 def pair_scores(model: Pair, criterion: Any) -> Tensor:
     x, y = samples()
     program = trace(model, (x[:2],))
-    rule = StoppingRule(cap=8, tolerance=0)
-    settings = Settings(criterion, samples=SIZE, batch_size=SIZE, rule=rule)
+    settings = SensitivitySettings(criterion, samples=SIZE, batch_size=SIZE, probes=8, tolerance=0)
     found, layout, _ = measure(program, find_groups(program), settings, context(x, y))
     return layout.joined(found.scores)
 
@@ -141,7 +139,10 @@ def test_random_scores_depend_on_the_seed_alone() -> None:
     draw: Callable[[int], Tensor] = lambda seed: torch.cat(  # noqa: E731
         list(
             measure(
-                program, groups, Settings("random"), Context(data=Data(Arrays(x, y)), seed=seed)
+                program,
+                groups,
+                SensitivitySettings("random"),
+                Context(data=Data(Arrays(x, y)), seed=seed),
             )[0].scores.values()
         )
     )
@@ -153,7 +154,7 @@ def test_predictions_serve_as_labels() -> None:
     program, (x, _) = build(nn.LeakyReLU), samples()
     predicted = program(x).argmax(1)
     groups = find_groups(program)
-    settings = Settings("fisher", samples=SIZE)
+    settings = SensitivitySettings("fisher", samples=SIZE)
     without, layout, _ = measure(program, groups, settings, context(x, None))
     given, _, _ = measure(program, groups, settings, context(x, predicted))
     torch.testing.assert_close(layout.joined(without.scores), layout.joined(given.scores))
@@ -163,9 +164,9 @@ def test_sampled_labels_estimate_the_gauss_newton_form() -> None:
     program, (x, _) = build(nn.LeakyReLU), samples()
     many = x.repeat(2000, 1, 1, 1)
     groups = find_groups(program)
-    settings = Settings("fisher", labels="sampled", samples=len(many), batch_size=5000)
+    settings = SensitivitySettings("fisher", labels="sampled", samples=len(many), batch_size=5000)
     sampled, layout, _ = measure(program, groups, settings, context(many, None))
-    exact, _, _ = measure(program, groups, Settings("gauss-newton"), context(x, None))
+    exact, _, _ = measure(program, groups, SensitivitySettings("gauss-newton"), context(x, None))
     torch.testing.assert_close(
         layout.joined(sampled.scores), layout.joined(exact.scores), rtol=0.06, atol=1e-6
     )
@@ -177,7 +178,10 @@ def test_a_loss_of_the_users_own_needs_labels() -> None:
     def huber(outputs: Tensor, target: Tensor) -> Tensor:
         return F.huber_loss(outputs, target)
 
-    groups, settings = find_groups(program), Settings(samples=SIZE, rule=StoppingRule(cap=2))
+    groups, settings = (
+        find_groups(program),
+        SensitivitySettings("hessian-trace", samples=SIZE, probes=2),
+    )
     with pytest.raises(InputError, match="give labelled samples"):
         measure(program, groups, settings, context(x, None, huber))
     target = torch.randn(SIZE, 3, dtype=torch.float64)
@@ -191,11 +195,13 @@ def test_half_precision_ranks_alike(estimator: Any) -> None:
     program = trace(randomise_norms(Small(nn.LeakyReLU(0.3))), (torch.randn(2, 2, 5, 5),))
     x, y = samples()
     groups = find_groups(program)
-    rule = StoppingRule(cap=16, tolerance=0)
     full, half = (
         measure(
             program, groups,
-            Settings(samples=SIZE, estimator=estimator, precision=precision, rule=rule),
+            SensitivitySettings(
+                "hessian-trace", samples=SIZE, estimator=estimator, precision=precision,
+                probes=16, tolerance=0,
+            ),
             context(x.float(), y),
         )
         for precision in ("fp32", "bf16")
@@ -210,14 +216,14 @@ def test_probes_that_are_not_finite_are_dropped_and_all_lost_is_an_error() -> No
     program = trace(model, (torch.randn(2, 2, 5, 5),))
     x, y = samples()
     x[0] = torch.inf
-    settings = Settings(samples=SIZE, estimator="outputs", rule=StoppingRule(cap=4))
+    settings = SensitivitySettings("hessian-trace", samples=SIZE, estimator="outputs", probes=4)
     with pytest.raises(FxpruneError, match="none of 4 probes was finite"):
         measure(program, find_groups(program), settings, context(x.float(), y))
 
 
 def test_unknown_options_are_named() -> None:
-    with pytest.raises(InputError, match="criterion is 'hessian'; the values are hessian-trace"):
-        Settings("hessian")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="criterion is 'hessian'; it must be one of hessian-trace"):
+        SensitivitySettings("hessian")  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("fxprune_tests::doubled", mutates_args=())
@@ -246,8 +252,8 @@ def test_an_operator_without_a_derivative_is_worked_around_and_named() -> None:
     x = torch.randn(16, 6)
     program = trace(Doubled().eval(), (x[:2],))
     groups, there = find_groups(program), Context(Data(Arrays(x)))
-    found, layout, _ = measure(program, groups, Settings("output-shift"), there)
-    expected, _, _ = measure(program, groups, Settings("activation"), there)
+    found, layout, _ = measure(program, groups, SensitivitySettings("output-shift"), there)
+    expected, _, _ = measure(program, groups, SensitivitySettings("activation"), there)
     assert "no derivative" in str(found.details["note"])
     assert "doubled" in str(found.details["note"])
     assert torch.equal(layout.joined(found.scores), layout.joined(expected.scores))

@@ -14,8 +14,7 @@ from fxprune.data.datasets import Arrays
 from fxprune.data.roles import Data
 from fxprune.pipeline.context import Context
 from fxprune.sensitivity.gates import GatedProgram
-from fxprune.sensitivity.running_stats import StoppingRule
-from fxprune.sensitivity.scores import Settings, measure
+from fxprune.sensitivity.scores import SensitivitySettings, measure
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -57,8 +56,7 @@ def test_every_criterion_takes_every_kind_of_network(criterion: str, head: str) 
     program, x = trace(network, network.example(2)), network.example(6)
     target = program(x).detach() + 0.1
     context = Context(data=Data(Arrays(x, target)), loss=F.mse_loss)
-    rule = StoppingRule(cap=8, least=8)
-    settings = Settings(criterion, samples=6, batch_size=3, rule=rule)  # type: ignore[arg-type]
+    settings = SensitivitySettings(criterion, samples=6, batch_size=3, probes=8, min_probes=8)  # type: ignore[arg-type]
     found, layout, skipped = measure(program, find_groups(program), settings, context)
     scores = layout.joined(found.scores)
     assert not skipped

@@ -18,8 +18,7 @@ from fxprune.data.batches import Batch
 from fxprune.graph.program import Program
 from fxprune.sensitivity.model import Objective, Weights
 from fxprune.sensitivity.probes import Matrix, TraceProbes, piecewise_linear
-from fxprune.sensitivity.running_stats import StoppingRule
-from fxprune.sensitivity.scores import Settings, measure
+from fxprune.sensitivity.scores import SensitivitySettings, measure
 from fxprune.sensitivity.task import Task
 from fxprune.sensitivity.units import UnitLayout
 
@@ -129,7 +128,7 @@ def test_traces_of_a_squared_error_equal_the_full_matrix() -> None:
 def test_traces_without_probes_equal_the_full_hessian(loss: Any) -> None:
     program, (x, y) = build(nn.LeakyReLU), samples()
     target = y if loss is F.cross_entropy else torch.randn(SIZE, 3, dtype=torch.float64)
-    settings = Settings(samples=SIZE, batch_size=2)
+    settings = SensitivitySettings("hessian-trace", samples=SIZE, batch_size=2)
     found, layout, _ = measure(program, find_groups(program), settings, context(x, target, loss))
     assert found.details["method"] == "exact"
     names = list(layout.labels)
@@ -156,8 +155,9 @@ def test_traces_of_dense_prediction_skip_ignored_positions() -> None:
 @pytest.mark.parametrize("estimator", ["weights", "outputs"])
 def test_estimates_agree_with_the_full_hessian_within_their_errors(estimator: Any) -> None:
     program, (x, y) = build(nn.LeakyReLU), samples()
-    rule = StoppingRule(cap=400, tolerance=0)
-    settings = Settings(samples=SIZE, batch_size=SIZE, estimator=estimator, rule=rule)
+    settings = SensitivitySettings(
+        "hessian-trace", samples=SIZE, batch_size=SIZE, estimator=estimator, probes=400, tolerance=0
+    )
     found, layout, _ = measure(program, find_groups(program), settings, context(x, y))
     names = list(layout.labels)
     full = full_matrix(program, names, Batch((x,), y), F.cross_entropy, "hessian")
@@ -172,12 +172,14 @@ def test_estimates_agree_with_the_full_hessian_within_their_errors(estimator: An
 
 def test_batches_have_the_mean_trace_of_all_samples() -> None:
     program, (x, y) = build(nn.LeakyReLU), samples()
-    rule = StoppingRule(cap=150, tolerance=0)
     found = [
         measure(
             program,
             find_groups(program),
-            Settings(samples=5, batch_size=size, estimator="outputs", rule=rule),
+            SensitivitySettings(
+                "hessian-trace", samples=5, batch_size=size, estimator="outputs", probes=150,
+                tolerance=0,
+            ),
             context(x, y),
         )
         for size in (2, 5)
@@ -224,7 +226,7 @@ def test_few_samples_share_a_probe_where_that_is_free() -> None:
     program = build(nn.ReLU)
     x, y = samples()
     layout = UnitLayout.of(program, find_groups(program))
-    task = Task(program, layout, Settings(batch_size=4), context(x, y))
+    task = Task(program, layout, SensitivitySettings(batch_size=4), context(x, y))
     whole, parts = list(task.batches()), list(task.batches(2))
     assert [len(batch) for batch in whole] == [4, 1]
     assert [len(batch) for batch in parts] == [2, 2, 1]

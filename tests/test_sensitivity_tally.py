@@ -50,11 +50,13 @@ def test_probing_stops_once_the_cut_has_settled_and_not_before_the_least() -> No
     assert rule.settled(scores, torch.full((4,), 0.1), 8)
     assert not rule.settled(scores, torch.full((4,), 0.1), 7)
     assert not rule.settled(scores, torch.full((4,), 10.0), 50)
-    assert not StoppingRule(tolerance=0).settled(scores, torch.zeros(4), 99)
+    assert not StoppingRule(cut=0.5, tolerance=0, least=16, cap=300).settled(
+        scores, torch.zeros(4), 99
+    )
 
 
 def test_rounds_grow_and_end_at_the_cap() -> None:
-    rule = StoppingRule(least=16, cap=300)
+    rule = StoppingRule(cut=0.5, tolerance=0.01, least=16, cap=300)
     made, sizes = 0, []
     while size := rule.next_round(made):
         sizes.append(size)

@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,7 @@ from fxprune.graph.program import Program
 from fxprune.pipeline.context import Context
 from fxprune.sensitivity.model import Objective, Weights
 from fxprune.sensitivity.probes import TraceProbes
-from fxprune.sensitivity.running_stats import StoppingRule
-from fxprune.sensitivity.scores import Settings, measure
+from fxprune.sensitivity.scores import SensitivitySettings, measure
 from fxprune.sensitivity.units import UnitLayout
 from tools.study_models import load_data, load_program
 
@@ -105,22 +105,24 @@ def settled(program: Program, context: Context, samples: int, size: int) -> dict
     """Compare the stopped and the exact ranking with one of a thousand probes."""
     groups = find_groups(program)
 
-    def run(estimator: str, rule: StoppingRule) -> tuple[Tensor, float, object]:
-        settings = Settings(samples=samples, batch_size=size, estimator=estimator, rule=rule)  # type: ignore[arg-type]
+    def run(estimator: Any, **rule: Any) -> tuple[Tensor, float, object]:
+        settings = SensitivitySettings(
+            "hessian-trace", samples=samples, batch_size=size, estimator=estimator, **rule
+        )
         start = time.process_time()
         found, layout, _ = measure(program, groups, settings, context)
         return layout.joined(found.scores), time.process_time() - start, found.details["probes"]
 
-    truth, long, _ = run("outputs", StoppingRule(cap=1000, tolerance=0))
+    truth, long, _ = run("outputs", probes=1000, tolerance=0)
     results: dict[str, object] = {"thousand output probes": {"seconds": long}}
     for name in ("exact", "outputs"):
-        scores, seconds, count = run(name, StoppingRule(cap=1000))
+        scores, seconds, count = run(name, probes=1000)
         results[f"{name}, stopped"] = {
             "seconds": seconds,
             "probes": count,
             "overlap": overlap(scores, truth),
         }
-    few, seconds, _ = run("weights", StoppingRule(cap=64, tolerance=0))
+    few, seconds, _ = run("weights", probes=64, tolerance=0)
     results["weights, 64 probes"] = {"seconds": seconds, "overlap": overlap(few, truth)}
     return results
 

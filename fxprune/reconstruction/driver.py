@@ -18,7 +18,7 @@ from fxprune.host import peak_memory
 from fxprune.reconstruction.derivatives import Linearisable
 from fxprune.reconstruction.footprint import per_sample
 from fxprune.reconstruction.incremental_run import Store, Values, Walk
-from fxprune.reconstruction.layer_solvers import Settings, Site, descend, refit, restrict
+from fxprune.reconstruction.layer_solvers import Site, SolverSettings, descend, refit, restrict
 from fxprune.reconstruction.region import Region, comparable, cut
 
 GIB = 2**30
@@ -82,14 +82,14 @@ class Reconstruction:
     """
 
     def __init__(
-        self, program: Program, dense: Program, settings: Settings, store: Store, device: str,
-        chosen: Callable[[str], bool] | None = None,
+        self, program: Program, dense: Program, settings: SolverSettings, store: Store, device: str,
+        chosen: Callable[[str], bool] | None = None, *, lookahead: int = 0,
     ) -> None:  # fmt: skip
-        self._program, self._settings = program, settings
+        self._program, self._settings, self._lookahead = program, settings, lookahead
         self._small = Walk(program, store, "program", device)
         self._large = Walk(dense, store, "dense", device)
         self._order = {node: number for number, node in enumerate(dense.graph.nodes)}
-        self._problems, self.declined = _plan(program, dense, settings, chosen)
+        self._problems, self.declined = _plan(program, dense, settings, lookahead, chosen)
         self._samples = 0
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class Reconstruction:
 
     def most_samples(self, memory: int) -> int:
         """Return how many samples a batch may have, so that every region keeps to a memory."""
-        curvature = self._settings.curvature if self._settings.lookahead else None
+        curvature = self._settings.curvature if self._lookahead else None
         regions = (problem.region for problem in self._problems)
         return max(memory // max(per_sample(self._program, regions, curvature), 1), 1)
 
@@ -116,7 +116,7 @@ class Reconstruction:
             self._small.advance(problem.region.layer.node)
             self._large.advance(max(problem.wanted, key=self._order.__getitem__).next, later)
             site = self._site(problem)
-            if self._settings.lookahead:
+            if self._lookahead:
                 found = descend(site, self._settings)
             else:
                 found = refit(site, self._settings.ridge)
@@ -158,9 +158,13 @@ class Reconstruction:
 
 
 def _plan(
-    program: Program, dense: Program, settings: Settings, chosen: Callable[[str], bool] | None
+    program: Program,
+    dense: Program,
+    settings: SolverSettings,
+    lookahead: int,
+    chosen: Callable[[str], bool] | None,
 ) -> tuple[tuple[_Problem, ...], tuple[Declined, ...]]:
-    usable, lookahead = comparable(program, dense), settings.lookahead
+    usable = comparable(program, dense)
     raw = settings.solver == "paper"
     named = {node.name: node for node in dense.graph.nodes}
     problems, declined = [], []

@@ -22,27 +22,24 @@ STAGNANT = 0.01  # a relative decrease under which another Newton step does not 
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to reconstruct.
+class SolverSettings:
+    """How to solve for a layer's weights.
 
     Attributes:
-        ridge: how strongly weights hold on to what they are, relative to their features' mean
-            square.
-        held_out: the share of the samples that judges a change and does not make it.
-        lookahead: how many operations beyond the layer Newton's method looks; with none, weights
-            are solved for.
-        curvature: of Newton's method.
-        steps: of Newton's method, at most.
-        cg_steps: of conjugate gradients in each of them, at most.
-        damping: relative to the curvature along the gradient.
-        tolerance: of conjugate gradients, relative to the gradient.
-        solver: ``paper`` as arXiv 2411.18376 has it.
+        ridge: strength of the pull towards the current weights, relative to the mean square of
+            their inputs.
+        held_out: fraction of the samples that judges changes and is not fitted.
+        curvature: second derivatives of the residuals only, or of the whole loss as in the paper.
+        steps: largest number of Newton steps per layer.
+        cg_steps: largest number of conjugate-gradient steps per Newton step.
+        damping: term added to the curvature, relative to the curvature along the gradient.
+        tolerance: residual at which conjugate gradients stop, relative to the gradient.
+        solver: ``own``, or ``paper`` for the method as arXiv 2411.18376 publishes it.
 
     """
 
     ridge: float = 1e-3
     held_out: float = 0.2
-    lookahead: int = 0
     curvature: Curvature = "gauss-newton"
     steps: int = 2
     cg_steps: int = 10
@@ -118,7 +115,7 @@ def _found(fit: Fit | None) -> Found | None:
     return None if fit is None else Found(fit.before, fit.after)
 
 
-def descend(site: Site, settings: Settings) -> Found | None:
+def descend(site: Site, settings: SolverSettings) -> Found | None:
     """Take Newton steps on a layer's weights; None where there is nothing to mend.
 
     The curvature is that of one batch, another one for each step. The gradient is that of all
@@ -156,7 +153,7 @@ def descend(site: Site, settings: Settings) -> Found | None:
     return Found(before, loss, steps)
 
 
-def _task(site: Site, settings: Settings) -> tuple[Lookahead, Product | None]:
+def _task(site: Site, settings: SolverSettings) -> tuple[Lookahead, Product | None]:
     """What to minimise, and what makes the conjugate gradients need fewer steps."""
     layer = site.region.layer
     if settings.solver == "paper":

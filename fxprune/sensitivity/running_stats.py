@@ -80,10 +80,10 @@ class StoppingRule:
 
     """
 
-    cut: float = 0.5
-    tolerance: float = 0.01
-    least: int = 16
-    cap: int = 300
+    cut: float
+    tolerance: float
+    least: int
+    cap: int
 
     def wrong_share(self, scores: Tensor, errors: Tensor) -> float:
         """Return the expected share of the cut that belongs elsewhere."""

@@ -16,17 +16,17 @@ from fxprune.sensitivity.gates import GatedProgram
 from fxprune.sensitivity.heuristics import activation, magnitude, norm_scale, without
 from fxprune.sensitivity.model import lacks_derivative, traced_output
 from fxprune.sensitivity.running_stats import Tally, misplaced
-from fxprune.sensitivity.task import Criterion, Details, Measured, Settings, Task
+from fxprune.sensitivity.task import Criterion, Details, Measured, SensitivitySettings, Task
 from fxprune.sensitivity.traces import trace_scores
 from fxprune.sensitivity.units import UnitLayout
 from fxprune.structure.groups import Group
 
 _BY_GATES = ("taylor", "fisher", "gauss-newton", "output-shift")  # from first derivatives
-__all__ = ["Criterion", "Settings", "measure"]
+__all__ = ["Criterion", "SensitivitySettings", "measure"]
 
 
 def measure(
-    program: Program, groups: Sequence[Group], settings: Settings, context: Context
+    program: Program, groups: Sequence[Group], settings: SensitivitySettings, context: Context
 ) -> tuple[Sensitivity, UnitLayout, Mapping[str, str]]:
     """Score every unit of every removable group.
 

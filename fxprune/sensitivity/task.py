@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from fxprune.errors import InputError
 from fxprune.graph.cost import activation_bytes
 from fxprune.graph.program import Program
 from fxprune.pipeline.context import Context
+from fxprune.pipeline.values import check_choice
 from fxprune.sensitivity.model import LabelSource, Objective, Precision
 from fxprune.sensitivity.running_stats import StoppingRule
 from fxprune.sensitivity.units import UnitLayout
@@ -28,11 +29,15 @@ Details = dict[str, float | int | str]
 
 
 @dataclass(frozen=True)
-class Settings:
+class SensitivitySettings:
     """How to measure sensitivity.
 
     Attributes:
         criterion: which estimate of the rise in loss.
+        probes: largest number of random probes for a Hessian trace.
+        min_probes: number of probes before the first check whether the ranking has settled.
+        cut: fraction of units, least sensitive first, whose selection must settle.
+        tolerance: fraction of them that may be wrong; 0 uses all probes.
         samples: how many calibration samples, drawn at random.
         batch_size: of the streamed batches; each batch has probes of its own.
         precision: of the model's arithmetic.
@@ -40,23 +45,25 @@ class Settings:
         estimator: what trace probes perturb, or ``exact`` for none; ``auto`` takes the best that
             applies.
         negative: what becomes of negative traces: their size counts, or they become zero.
-        rule: when to stop probing.
         output_probes: random vectors per batch for ``gauss-newton`` and ``output-shift``; exact if
             there are no more outputs than this. 0 chooses by the number of outputs.
         memory_gib: how much the activations of a batch may take; batches shrink to fit.
 
     """
 
-    criterion: Criterion = "hessian-trace"
+    criterion: Criterion = "output-shift"
+    probes: int = 300
+    min_probes: int = 16
+    cut: float = 0.5
+    tolerance: float = 0.01
+    precision: Precision = "fp32"
     samples: int = 256
     batch_size: int = 64
-    precision: Precision = "fp32"
+    memory_gib: float = 2.0
     labels: LabelSource = "data"
     estimator: Estimator = "auto"
     negative: Negative = "abs"
-    rule: StoppingRule = field(default_factory=StoppingRule)
     output_probes: int = 0
-    memory_gib: float = 2.0
 
     def __post_init__(self) -> None:
         choices: tuple[tuple[str, Any, object], ...] = (
@@ -67,15 +74,18 @@ class Settings:
             ("negative", Negative, self.negative),
         )
         for name, kind, value in choices:
-            if value not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise InputError(f"{name} is '{value}'; the values are {known}")
-        if min(self.samples, self.batch_size, self.rule.cap) < 1:
+            check_choice(name, value, kind)
+        if min(self.samples, self.batch_size, self.probes) < 1:
             raise InputError("samples, batch-size and probes must be at least 1")
         if self.output_probes < 0:
             raise InputError("output-probes must be at least 1, or 0 to choose automatically")
         if self.memory_gib <= 0:
             raise InputError(f"memory-gib is {self.memory_gib:g}; it must be greater than 0")
+
+    @property
+    def rule(self) -> StoppingRule:
+        """When to stop probing."""
+        return StoppingRule(self.cut, self.tolerance, self.min_probes, self.probes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +104,7 @@ class Task:
 
     program: Program
     layout: UnitLayout
-    settings: Settings
+    settings: SensitivitySettings
     context: Context
 
     def batches(self, at_most: int | None = None) -> Iterator[Batch]:
