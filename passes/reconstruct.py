@@ -42,7 +42,7 @@ from fxprune.graph.program import Program
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
 from fxprune.pipeline.patterns import names_of_tensor, select_any
-from fxprune.reconstruction.driver import GIB, Mended, Reconstruction
+from fxprune.reconstruction.driver import GIB, LayerResult, Reconstruction
 from fxprune.reconstruction.incremental_run import Store
 from fxprune.reconstruction.layer_solvers import SolverSettings
 
@@ -151,7 +151,7 @@ class Reconstruct(SolverSettings, Pass):
 
     def _round(
         self, program: Program, dense: Program, context: Context, lookahead: int
-    ) -> tuple[list[Mended], tuple[Skip, ...], dict[str, Any]]:
+    ) -> tuple[list[LayerResult], tuple[Skip, ...], dict[str, Any]]:
         """Mend every layer once."""
         half = int(self.memory_gib * GIB / 2)
         only = self._chosen(program)

@@ -45,7 +45,7 @@ def test_what_is_tied_counts_once_and_what_is_unused_not_at_all() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_activations_are_counted_for_one_sample(batch: int) -> None:
+def test_incremental_run_are_counted_for_one_sample(batch: int) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten())
     program = fxprune.trace(model, (torch.zeros(batch, 3, 4, 4),))
     assert activation_bytes(program) == 3 * 8 * 4 * 4 * 4

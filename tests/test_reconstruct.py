@@ -158,7 +158,7 @@ def test_masks_hold_with_a_look_ahead(curvature: Any) -> None:
         assert not program.tensor(name)[~keep].any()
 
 
-def test_activations_may_lie_on_disk() -> None:
+def test_incremental_run_may_lie_on_disk() -> None:
     results = []
     for memory in (2.0, 0.0):
         program, context = given(Net())

@@ -155,14 +155,14 @@ MUTANTS = (
         "fxprune/calibration/least_squares.py",
         "used = moments.centred() if bias else moments",
         "used = moments",
-        "tests/test_leastsquares.py",
+        "tests/test_least_squares.py",
     ),
     Mutant(
         "least squares: the ridge is absolute",
         "fxprune/calibration/least_squares.py",
         "(max(ridge, LEAST) * scale)",
         "(max(ridge, LEAST) * torch.ones_like(scale))",
-        "tests/test_leastsquares.py",
+        "tests/test_least_squares.py",
     ),
     Mutant(
         "trace: evaluation mode is not restored",

@@ -17,7 +17,7 @@ from fxprune.graph.program import Program
 from fxprune.host import peak_memory
 from fxprune.reconstruction.derivatives import Linearisable
 from fxprune.reconstruction.footprint import per_sample
-from fxprune.reconstruction.incremental_run import Store, Values, Walk
+from fxprune.reconstruction.incremental_run import IncrementalRun, Store, Values
 from fxprune.reconstruction.layer_solvers import Site, SolverSettings, descend, refit, restrict
 from fxprune.reconstruction.region import Region, comparable, cut
 
@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Mended:
+class LayerResult:
     """What happened to one layer.
 
     Attributes:
@@ -86,8 +86,8 @@ class Reconstruction:
         chosen: Callable[[str], bool] | None = None, *, lookahead: int = 0,
     ) -> None:  # fmt: skip
         self._program, self._settings, self._lookahead = program, settings, lookahead
-        self._small = Walk(program, store, "program", device)
-        self._large = Walk(dense, store, "dense", device)
+        self._small = IncrementalRun(program, store, "program", device)
+        self._large = IncrementalRun(dense, store, "dense", device)
         self._order = {node: number for number, node in enumerate(dense.graph.nodes)}
         self._problems, self.declined = _plan(program, dense, settings, lookahead, chosen)
         self._samples = 0
@@ -108,7 +108,7 @@ class Reconstruction:
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         self._samples += max((len(leaf) for leaf in leaves if leaf.dim()), default=1)
 
-    def mend(self) -> Iterator[Mended | None]:
+    def mend(self) -> Iterator[LayerResult | None]:
         """Mend every layer in turn; yields None for one in which there is nothing to mend."""
         for number, problem in enumerate(self._problems):
             start = time.perf_counter()
@@ -121,7 +121,7 @@ class Reconstruction:
             else:
                 found = refit(site, self._settings.ridge)
             seconds, peak = round(time.perf_counter() - start, 3), peak_memory()
-            yield None if found is None else Mended(
+            yield None if found is None else LayerResult(
                 problem.region.layer.weight, problem.region.outputs[-1].name,
                 found.before, found.after, seconds, found.cg_steps,
                 None if peak is None else round(peak / GIB, 3),

@@ -1,7 +1,7 @@
 """Activations on their way through a program: kept in memory up to a limit, on disk beyond.
 
-A ``Walk`` runs a program once over fixed batches, stopping wherever its caller needs values. What
-it keeps is only the frontier: values that later nodes still read, and those it was asked to keep.
+An ``IncrementalRun`` runs a program once over fixed batches, and stops where its caller needs
+values. It keeps only the frontier: values that later nodes still read, and those it was asked for.
 Going from stop to stop therefore costs one forward pass in all, however many stops there are.
 """
 
@@ -125,7 +125,7 @@ def compute(
     return call(*fx.map_arg(node.args, value), **fx.map_arg(node.kwargs, value))
 
 
-class Walk:
+class IncrementalRun:
     """Runs a program node by node over fixed batches.
 
     Args:

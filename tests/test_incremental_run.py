@@ -8,7 +8,7 @@ from support import assert_same, randomise_norms, trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.reconstruction.incremental_run import Store, Walk
+from fxprune.reconstruction.incremental_run import IncrementalRun, Store
 
 
 class Skip(nn.Module):
@@ -31,7 +31,7 @@ def test_stops_anywhere_at_the_cost_of_one_run(limit: int) -> None:
     relu = next(node for node in nodes if "relu" in node.name)
     (last,) = (node for node in nodes if "linear" in node.name)
     with torch.no_grad(), Store(limit) as store:
-        walk = Walk(program, store, "walk")
+        walk = IncrementalRun(program, store, "walk")
         for batch in batches:
             walk.enter((batch,))
         for node in nodes:  # every stop there is
