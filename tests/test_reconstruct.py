@@ -135,7 +135,7 @@ def test_looks_ahead_by_itself_where_that_takes_minutes(monkeypatch: pytest.Monk
     step = Reconstruct(samples=80, steps=1, lookahead="auto")
     (told,) = step(program.copy(), context).details["lookahead"]
     assert told["layers"]
-    monkeypatch.setattr("fxprune.passes.reconstruct.AFFORDABLE", 1e3)
+    monkeypatch.setattr("fxprune.passes.reconstruct.AUTO_LOOKAHEAD_MAX_MACS", 1e3)
     outcome = step(program, context)
     assert "lookahead" not in outcome.details
     (note,) = outcome.notes
