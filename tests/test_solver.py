@@ -200,7 +200,7 @@ def test_says_which_least_widths_stop_it() -> None:
 
 
 def test_says_what_is_nearest_where_units_are_coarse() -> None:
-    with pytest.raises(BudgetError, match=r"nearest plans keep .* set macs=\d+, or allow tolerance"):
+    with pytest.raises(BudgetError, match=r"nearest plans keep .* set macs=\d+, or allow"):
         solve(problem(random_scores(0, [2, 2]), {0: 0.7}))
 
 
