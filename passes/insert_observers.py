@@ -42,8 +42,16 @@ from fxprune.latency.table import Table
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass, ReportTable, Skip
 from fxprune.pipeline.patterns import names_of_tensor, select_any
+from fxprune.quantization.activations import element_wise, spell
 from fxprune.quantization.fake_quantizers import observe, sites, sums_overflow
-from fxprune.quantization.patterns import is_depthwise, is_product, pattern_of, place, weight_name
+from fxprune.quantization.patterns import (
+    has_weight,
+    is_depthwise,
+    is_product,
+    pattern_of,
+    place,
+    weight_name,
+)
 from fxprune.quantization.timing import LayerTiming, layer_timings
 
 aten = torch.ops.aten
@@ -98,16 +106,19 @@ class InsertObservers(Pass):
                 chosen.add(node)
         timed: dict[fx.Node, LayerTiming] = {}
         if self.measure and chosen:
-            table = Table.open(context.threads)
-            timed = layer_timings(program, chosen, table, context.progress)
-        slow = {node: timing for node, timing in timed.items() if not timing.quantized}
-        none_gains = bool(slow) and len(slow) == len(timed)
-        if none_gains:
-            slow = {}
-        skips += [Skip(node.name, _slowness(timing)) for node, timing in slow.items()]
+            table, wanted = Table.open(context.threads), chosen.union(element_wise(program))
+            timed = layer_timings(program, wanted, table, context.progress)
+        tables = (_times(timed),) if timed else ()
+        gaining = {node for node, timing in timed.items() if timing.quantized}
+        none_gains = bool(timed) and not gaining & chosen
+        slow = set() if none_gains else (chosen & timed.keys()) - gaining
+        skips += [
+            Skip(node.name, _slowness(timed[node])) for node in program.graph.nodes if node in slow
+        ]
         spelled = self._spell(program) if chosen else 0
-        products = {node for node in program.graph.nodes if self.attention and is_product(node)}
-        placement = place(program, frozenset(chosen - slow.keys() | products))
+        alone = set() if none_gains else spell(program, gaining - chosen)
+        alone |= {node for node in program.graph.nodes if self.attention and is_product(node)}
+        placement = place(program, frozenset(chosen - slow | alone))
         layers = {node.name: weight_name(node) for node in placement.layers}
         others = tuple(node.name for node in placement.others)
         reduced = sums_overflow() if self.reduce_range is None else self.reduce_range
@@ -115,7 +126,6 @@ class InsertObservers(Pass):
         program.put(OBSERVED, Quantized(layers, others, reduced))
         details = {"layers": len(layers), "others": len(others)}
         notes = (REDUCED_NOTE,) * reduced + (NONE_GAINS_NOTE,) * none_gains
-        tables = (_times(timed),) if timed else ()
         return Outcome(count + spelled, tuple(skips), details, notes, tables)
 
     def ensures(
@@ -180,9 +190,10 @@ def _times(timed: Mapping[fx.Node, LayerTiming]) -> ReportTable:
     for node in order:
         timing = timed[node]
         kept = "INT8" if timing.quantized else "FP32"
-        rows.append((weight_name(node), f"{timing.int8:.1f}", f"{timing.fp32:.1f}", kept))
-    columns = "layer", "us in INT8", "us in FP32", "runs as"
-    return ReportTable("Layers timed in ONNX Runtime", columns, tuple(rows))
+        name = weight_name(node) if has_weight(node) else node.name
+        rows.append((name, f"{timing.int8:.1f}", f"{timing.fp32:.1f}", kept))
+    columns = "operator", "us in INT8", "us in FP32", "runs as"
+    return ReportTable("Operators timed in ONNX Runtime", columns, tuple(rows))
 
 
 def _reads_as_weight(user: fx.Node) -> bool:

@@ -89,12 +89,15 @@ ANCHORS = (
     LayerConfig("conv", (8, 8, *_CONVOLUTION), (64, 64, 64)),
     LayerConfig("linear", (), (16, 256, 256)),
 )
+MICROSOFT = "com.microsoft"  # operators of ONNX Runtime beyond the ONNX standard
 OPERATORS: Mapping[Kind, str] = {
     "linear": "MatMul",
     "matmul": "MatMul",
     "conv": "Conv",
     "conv-transpose": "ConvTranspose",
     "sigmoid": "Sigmoid",
+    "silu": "QuickGelu",
+    "hard-swish": "HardSwish",
     "hard-sigmoid": "HardSigmoid",
     "gelu": "Gelu",
     "add": "Add",
@@ -113,6 +116,8 @@ def operator(config: LayerConfig) -> tuple[str, Mapping[str, Any]]:
         return name, {"axis": config.geometry[0]}
     if config.kind == "hard-sigmoid":
         return name, {"alpha": 1 / 6, "beta": 0.5}
+    if config.kind == "silu":
+        return name, {"domain": MICROSOFT, "alpha": 1.0}
     if config.kind not in ("conv", "conv-transpose"):
         return name, {}
     rank = len(config.geometry) // 7

@@ -22,7 +22,7 @@ from fxprune.graph.program import Program, shape_of
 aten = torch.ops.aten
 Kind = Literal[
     "conv", "conv-transpose", "linear", "matmul",
-    "sigmoid", "hard-sigmoid", "gelu", "add", "mul", "concat", "average",
+    "sigmoid", "silu", "hard-sigmoid", "hard-swish", "gelu", "add", "mul", "concat", "average",
     "quantize", "dequantize",
 ]  # fmt: skip
 LAYERS: tuple[Kind, ...] = ("conv", "conv-transpose", "linear", "matmul")
@@ -202,7 +202,9 @@ def _attention(node: fx.Node, batch: int) -> Iterator[Layer]:
 
 _KINDS: dict[Any, Kind] = {
     aten.sigmoid: "sigmoid",
+    aten.silu: "silu",
     aten.hardsigmoid: "hard-sigmoid",
+    aten.hardswish: "hard-swish",
     aten.gelu: "gelu",
     aten.add: "add",
     aten.mul: "mul",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from fxprune.latency.layer_config import Form, LayerConfig, Sizes, operator
+from fxprune.latency.layer_config import MICROSOFT, Form, LayerConfig, Sizes, operator
 from fxprune.onnx.profile import Profiled
 
 OPSET = 20
@@ -31,16 +31,17 @@ def model_of(entries: Sequence[Entry]) -> bytes:
             model.add_fp32(number, config)
         elif config.kind in ("linear", "matmul"):
             model.add_product(number, config)
+        elif config.kind in ("silu", "hard-swish", "hard-sigmoid"):
+            model.add_activation(number, config)
         else:
             model.add_int8(number, config)
     return model.encoded()
 
 
 def time_of(profiled: Mapping[str, Profiled], number: int) -> float | None:
-    """Return the microseconds of one entry, whose node optimisers may have given a suffix."""
+    """Return the microseconds of one entry: its nodes, which optimisers may have given suffixes."""
     name = f"layer{number}"
-    found = (name, f"{name}_nchwc", f"{name}_token_")
-    own = [node.us for key, node in profiled.items() if key.startswith(found[2]) or key in found]
+    own = [node.us for key, node in profiled.items() if key == name or key.startswith(f"{name}_")]
     return sum(own) if own else None
 
 
@@ -58,6 +59,10 @@ class _Model:
 
     def add_fp32(self, number: int, config: LayerConfig) -> None:
         read = self._read(number, config, "fp32")
+        if config.kind == "hard-swish":  # ONNX Runtime runs it in two parts
+            self._node("HardSigmoid", read, f"layer{number}_gate", alpha=1 / 6, beta=0.5)
+            self._add("Mul", [*read, f"layer{number}_gate"], f"layer{number}", TensorProto.FLOAT)
+            return
         name, attributes = operator(config)
         self._add(name, read, f"layer{number}", TensorProto.FLOAT, **attributes)
 
@@ -75,6 +80,23 @@ class _Model:
             last = f"relu{number}"
         ends = [last, "scale", "zero"]
         self._add("QuantizeLinear", ends, f"out{number}", TensorProto.UINT8)
+
+    def add_activation(self, number: int, config: LayerConfig) -> None:
+        """Add an activation as ``quantization.activations`` writes it for INT8."""
+        (read,) = self._read(number, config, "int8")
+        last = f"layer{number}_gate"
+        if config.kind == "silu":
+            self._node("Sigmoid", [read], last)
+        else:
+            three = self._decoded(f"three{number}", np.full(1, 150, np.uint8), 0, SCALE)
+            self._node("Add", [read, three], last)
+        ends = ["scale", "zero"]
+        if config.kind != "hard-sigmoid":
+            self._node("QuantizeLinear", [last, *ends], f"quantized{number}")
+            self._node("DequantizeLinear", [f"quantized{number}", *ends], f"gate{number}")
+            last = f"layer{number}"
+            self._node("Mul", [read, f"gate{number}"], last)
+        self._add("QuantizeLinear", [last, *ends], f"out{number}", TensorProto.UINT8)
 
     def add_product(self, number: int, config: LayerConfig) -> None:
         """Add a product of INT8 numbers whose sums go on as FP32."""
@@ -95,8 +117,8 @@ class _Model:
     def encoded(self) -> bytes:
         inputs = list(self._inputs.values())
         graph = helper.make_graph(self._nodes, "layers", inputs, self._outputs, self._weights)
-        opset = helper.make_opsetid("", OPSET)
-        model = helper.make_model(graph, opset_imports=[opset], ir_version=10)
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         encoded: bytes = model.SerializeToString()
         return encoded
 

@@ -11,7 +11,7 @@ from fxprune.graph.custom_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE, quanti
 from fxprune.graph.node_args import argument, packet_of
 from fxprune.graph.program import Program, shape_of
 from fxprune.graph.surgery import insert_call, read_tensor, replace_node, set_tensor, unused_name
-from fxprune.quantization.patterns import is_move, origin, pattern_of
+from fxprune.quantization.patterns import factor_of, is_move, origin, pattern_of
 
 aten = torch.ops.aten
 BIAS_LIMIT = 2**30  # a bias fills at most half of 32 bits, so that sums have room
@@ -30,6 +30,7 @@ def convert(program: Program) -> int:
         else:
             _split(program, fake)
     _sink(program)
+    _absorb_factors(program)
     for node in list(program.graph.nodes):
         pattern = pattern_of(node)
         if pattern is not None and pattern.weight is not None and _sums_codes(node):
@@ -83,6 +84,20 @@ def _split(program: Program, fake: fx.Node) -> None:
     codes = insert_call(program, fake, QUANTIZE, (value, scale, zero, axis))
     new = insert_call(program, fake, DEQUANTIZE, (codes, scale, zero, axis))
     replace_node(program, fake, new)
+
+
+def _absorb_factors(program: Program) -> None:
+    """Let scales of results take over what these are multiplied by."""
+    for node in list(program.graph.nodes):
+        if node.target is not QUANTIZE or node.args[3] != -1:
+            continue
+        value, scale, *rest = cast(tuple[Any, ...], node.args)
+        factor = factor_of(value)
+        if factor is None or len(value.users) > 1:
+            continue
+        name = unused_name(program, f"{scale.target}_undivided")
+        set_tensor(program, name, _tensor(program, scale) / factor)
+        node.args = (value.args[0], read_tensor(program, name, node), *rest)
 
 
 def _store_bias(program: Program, layer: fx.Node) -> None:

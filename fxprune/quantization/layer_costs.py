@@ -105,6 +105,7 @@ def _unrounded(program: Program, shifts: dict[str, tuple[Tensor, Tensor]]) -> di
         if len(node.args) > 1
         and isinstance(weight := node.args[1], fx.Node)
         and weight.target is FAKE_QUANTIZE
+        and weight.args[5] != -1  # else it is a second activation
     }
 
     def keep(call: Call) -> Tensor:

@@ -46,6 +46,8 @@ BACKEND: tuple[Pattern, ...] = (
     Pattern("Conv", (aten.conv1d, aten.conv2d, aten.conv3d), weight=1),
     Pattern("Gemm", (aten.linear,), weight=1, output=False),
     Pattern("MatMul", (aten.matmul, aten.bmm), output=False),
+    Pattern("Sigmoid", (aten.sigmoid,)),
+    Pattern("Mul", (aten.mul,)),
     Pattern("Add", (aten.add,), follows=True),
     Pattern("AveragePool", (aten.avg_pool2d, aten.adaptive_avg_pool2d), follows=True),
 )
@@ -64,6 +66,8 @@ def _suits(node: fx.Node, pattern: Pattern) -> bool:
     if pattern.weight is not None:
         return True
     inputs = list(sources(node))
+    if pattern.onnx == "Sigmoid":
+        return len(inputs) == 1 and inputs[0].op == "call_function"
     if not pattern.follows:  # a product of activations
         return len(set(inputs)) == 2 and all(item.op == "call_function" for item in inputs)
     if packet_of(node) is aten.add:
@@ -86,9 +90,26 @@ def sources(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def is_product(node: fx.Node) -> bool:
-    """Whether a node multiplies two activations, as attention does."""
+    """Whether a node is a matrix product of two activations, as in attention."""
     pattern = pattern_of(node)
-    return pattern is not None and pattern.weight is None and not pattern.follows
+    return pattern is not None and pattern.onnx == "MatMul"
+
+
+def is_chosen_alone(node: fx.Node) -> bool:
+    """Whether a node without a weight runs in INT8 only where that is asked for.
+
+    Sums follow their operands, unless one of these is a stored number.
+    """
+    pattern = pattern_of(node)
+    if pattern is None or pattern.weight is not None:
+        return False
+    return not pattern.follows or any(source.op == "get_attr" for source in sources(node))
+
+
+def has_weight(node: fx.Node) -> bool:
+    """Whether a node is a layer with a weight that can run in INT8."""
+    pattern = pattern_of(node)
+    return pattern is not None and pattern.weight is not None
 
 
 def weight_name(layer: fx.Node) -> str:
@@ -132,11 +153,26 @@ def sums_exactly(node: fx.Node) -> bool:
 
 
 def tail(node: fx.Node) -> fx.Node:
-    """Return the clamp that is the only reader of a node, or the node itself."""
-    if len(node.users) != 1:
-        return node
-    user = next(iter(node.users))
-    return user if _is_floor_at_zero(user) else node
+    """Return the last of the clamps and scalings that alone read a node, or the node itself."""
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if not _is_floor_at_zero(user) and factor_of(user) is None:
+            break
+        node = user
+    return node
+
+
+def factor_of(node: fx.Node) -> float | None:
+    """Return by which positive number a node multiplies its only operand, if that is what it does.
+
+    Such a factor becomes part of the scale of the quantised result.
+    """
+    if packet_of(node) not in (aten.mul, aten.div) or len(node.all_input_nodes) != 1:
+        return None
+    number = node.args[1]
+    if not isinstance(number, (int, float)) or number <= 0 or node.kwargs:
+        return None
+    return float(number) if packet_of(node) is aten.mul else 1 / number
 
 
 def _is_floor_at_zero(node: fx.Node) -> bool:
@@ -192,7 +228,7 @@ def place(program: Program, layers: frozenset[fx.Node]) -> Placement:
 
 
 def _runs(node: fx.Node, pattern: Pattern, layers: frozenset[fx.Node], coded: set[fx.Node]) -> bool:
-    if not pattern.follows:
+    if node in layers or pattern.weight is not None or not pattern.follows:
         return node in layers
     return all(source in coded for source in sources(node))
 
@@ -228,7 +264,7 @@ def _rooted(
             for other in rest:
                 parent[find(other)] = find(first)
     return Placement(
-        tuple(node for node in program.graph.nodes if node in layers and not is_product(node)),
+        tuple(node for node in program.graph.nodes if node in layers and has_weight(node)),
         others,
         {node: tuple(node.users) if node in coded else tuple(read[node]) for node in roots},
         {node: find(node).name for node in roots},

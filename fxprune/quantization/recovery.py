@@ -12,7 +12,7 @@ from fxprune.graph.surgery import replace_node
 from fxprune.pipeline.context import Context
 from fxprune.quantization.fake_quantizers import observe, sites
 from fxprune.quantization.layer_costs import disagreement, rounding_costs, to_recover
-from fxprune.quantization.patterns import is_product, place, weight_name
+from fxprune.quantization.patterns import is_chosen_alone, place, weight_name
 
 ROUNDS = 3
 
@@ -44,7 +44,7 @@ def leave_in_floats(program: Program, weights: Collection[str]) -> int:
         node
         for node in program.graph.nodes
         if (node.name in quantized.layers and id(program.tensor(weight_name(node))) not in doomed)
-        or (node.name in quantized.others and is_product(node))
+        or (node.name in quantized.others and is_chosen_alone(node))
     )
     placement = place(program, kept)
     layers = {node.name: weight_name(node) for node in placement.layers}

@@ -19,6 +19,7 @@ from fxprune.graph.cost import batch_of
 from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 from fxprune.latency.layer_config import FORMS, conversion
+from fxprune.latency.layers import Kind
 from fxprune.latency.table import Table
 from fxprune.latency.terms import config_of
 from fxprune.pipeline.progress import Tracker
@@ -42,7 +43,10 @@ def layer_timings(
     configs = {node: one for node in layers if (one := config_of(node, batch)) is not None}
     table.fill(configs.values(), progress, FORMS)
     times = {
-        node: (table.ms(one, "int8") * 1e3, table.ms(one, "fp32") * 1e3)
+        node: (
+            table.ms(one, "int8") * 1e3,
+            0.0 if _joins_convolution(node, one.kind) else table.ms(one, "fp32") * 1e3,
+        )
         for node, one in configs.items()
     }
     graph = _network(program, times, _conversions(program, batch, table, progress))
@@ -108,6 +112,14 @@ def _follows(node: fx.Node) -> bool:
     pattern = pattern_of(node)
     follows = pattern is not None and pattern.follows
     return follows or is_move(node) or operator_of(node).clamps
+
+
+def _joins_convolution(node: fx.Node, kind: Kind) -> bool:
+    """Whether ONNX Runtime computes an activation within the FP32 convolution before it."""
+    if kind not in ("sigmoid", "hard-sigmoid", "hard-swish"):
+        return False
+    source = node.all_input_nodes[0]
+    return operator_of(source).kind == "convolution" and len(source.users) == 1
 
 
 def _gives_fp32(node: fx.Node) -> bool:
