@@ -48,7 +48,6 @@ from fxprune.quantization.patterns import (
     has_weight,
     is_depthwise,
     is_product,
-    pattern_of,
     place,
     weight_name,
 )
@@ -159,14 +158,14 @@ class InsertObservers(Pass):
             return "the option depthwise=false keeps it in FP32"
         if any(packet_of(user) is aten.batch_norm for user in layer.users):
             return "a batch norm follows it; run fold-batchnorm first"
-        if not all(map(_reads_as_weight, program.readers(str(weight.target)))):
+        if not all(map(has_weight, program.readers(str(weight.target)))):
             return "operators other than layers read its weight"
         return None
 
 
 def _layers(program: Program) -> list[fx.Node]:
     """The calls that could run in INT8 and have a weight."""
-    return [node for node in program.graph.nodes if _reads_as_weight(node)]
+    return [node for node in program.graph.nodes if has_weight(node)]
 
 
 def _stored_names(layer: fx.Node) -> tuple[str, ...]:
@@ -194,8 +193,3 @@ def _times(timed: Mapping[fx.Node, LayerTiming]) -> ReportTable:
         rows.append((name, f"{timing.int8:.1f}", f"{timing.fp32:.1f}", kept))
     columns = "operator", "us in INT8", "us in FP32", "runs as"
     return ReportTable("Operators timed in ONNX Runtime", columns, tuple(rows))
-
-
-def _reads_as_weight(user: fx.Node) -> bool:
-    pattern = pattern_of(user)
-    return pattern is not None and pattern.weight is not None

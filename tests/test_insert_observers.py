@@ -78,7 +78,8 @@ class Shares(nn.Module):
         self.scale = nn.Parameter(torch.ones(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.nn.functional.linear(self.table(x), torch.diag(self.scale))
+        x = self.table(x)
+        x = torch.nn.functional.linear(x, torch.diag(self.scale) * x.mean())
         return torch.nn.functional.linear(x, self.table.weight)
 
 

@@ -20,7 +20,9 @@ Sizes = tuple[int, ...]
 class LayerConfig:
     """An operator with all its sizes; see ``fxprune.latency.layers.Layer``.
 
-    Conversions are operators too: ``quantize`` and ``dequantize``, whose only form is INT8.
+    Conversions are operators too: ``quantize`` and ``dequantize``, whose only form is INT8, and
+    ``transpose``, which puts the channels of images last: INT8 kernels want them there. It also
+    stands for the blocks of channels of FP32 convolutions, whose rearrangement takes about as long.
     """
 
     kind: Kind
@@ -104,6 +106,7 @@ OPERATORS: Mapping[Kind, str] = {
     "mul": "Mul",
     "concat": "Concat",
     "average": "GlobalAveragePool",
+    "transpose": "Transpose",
     "quantize": "QuantizeLinear",
     "dequantize": "DequantizeLinear",
 }
@@ -116,6 +119,8 @@ def operator(config: LayerConfig) -> tuple[str, Mapping[str, Any]]:
         return name, {"axis": config.geometry[0]}
     if config.kind == "hard-sigmoid":
         return name, {"alpha": 1 / 6, "beta": 0.5}
+    if config.kind == "transpose":
+        return name, {"perm": [0, *range(2, len(config.dims)), 1]}
     if config.kind == "silu":
         return name, {"domain": MICROSOFT, "alpha": 1.0}
     if config.kind not in ("conv", "conv-transpose"):

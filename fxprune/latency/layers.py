@@ -23,7 +23,7 @@ aten = torch.ops.aten
 Kind = Literal[
     "conv", "conv-transpose", "linear", "matmul",
     "sigmoid", "silu", "hard-sigmoid", "hard-swish", "gelu", "add", "mul", "concat", "average",
-    "quantize", "dequantize",
+    "quantize", "dequantize", "transpose",
 ]  # fmt: skip
 LAYERS: tuple[Kind, ...] = ("conv", "conv-transpose", "linear", "matmul")
 BINARY: tuple[Kind, ...] = ("add", "mul")

@@ -27,6 +27,8 @@ def model_of(entries: Sequence[Entry]) -> bytes:
     for number, (config, form) in enumerate(entries):
         if config.kind in ("quantize", "dequantize"):
             model.add_conversion(number, config)
+        elif config.kind == "transpose":
+            model.add_transpose(number, config, form)
         elif form == "fp32":
             model.add_fp32(number, config)
         elif config.kind in ("linear", "matmul"):
@@ -113,6 +115,11 @@ class _Model:
         read = [self._source(config.dims, form), "scale", "zero"]
         type_ = TensorProto.UINT8 if forward else TensorProto.FLOAT
         self._add(operator(config)[0], read, f"layer{number}", type_)
+
+    def add_transpose(self, number: int, config: LayerConfig, form: Form) -> None:
+        name, attributes = operator(config)
+        source = self._source(config.dims, form)
+        self._add(name, [source], f"layer{number}", TYPES[form], **attributes)
 
     def encoded(self) -> bytes:
         inputs = list(self._inputs.values())

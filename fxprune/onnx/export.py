@@ -32,12 +32,14 @@ from fxprune.onnx.quantized_nodes import (
     is_quantized,
     shield_floats,
 )
+from fxprune.onnx.runtime_operators import RUNTIME_TRANSLATIONS, use_runtime_operators
 from fxprune.onnx.trim import trim
 
 aten = torch.ops.aten
 PARITY_LIMIT = 1e-3
 QUANTIZED_PARITY_LIMIT = 0.1
 RUNTIME_FACTOR = 4.0  # what two runtimes may differ by, over what one differs from itself
+BEYOND_STANDARD = "fxprune.beyond_standard"  # key in a file's metadata
 ONE_FILE_LIMIT = 2**31 - 2**24  # protobuf holds less than 2 GiB; some room for the graph
 
 
@@ -51,6 +53,7 @@ class ExportCheck:
         onnx_bytes: size of the file, with external weights.
         limit: the largest difference allowed.
         note: why the limit is larger than ``parity_limit``, if it is.
+        beyond_standard: the operators of ONNX Runtime that are not in the ONNX standard.
 
     """
 
@@ -58,9 +61,12 @@ class ExportCheck:
     onnx_bytes: int
     limit: float = PARITY_LIMIT
     note: str | None = None
+    beyond_standard: tuple[str, ...] = ()
 
 
-def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> ExportCheck:
+def export_onnx(
+    program: Program, path: str | Path, *, check: bool = True, standard: bool = False
+) -> ExportCheck:
     """Write a program as ONNX; the file appears only when it is complete and checked.
 
     The batch dimension is dynamic if the program's is. Weights are in the file itself unless they
@@ -71,6 +77,8 @@ def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> Ex
         path: path of the ONNX file.
         check: compare ONNX Runtime with PyTorch on the example inputs and, if the batch is
             dynamic, on another batch size.
+        standard: use only operators of the ONNX standard; without it, INT8 programs may use faster
+            ones of ONNX Runtime, which the file's metadata lists as ``fxprune.beyond_standard``.
 
     Raises:
         PostconditionError: ONNX Runtime's outputs differ by more than ``parity_limit``, and by
@@ -83,10 +91,11 @@ def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> Ex
     spell_clamps(ready)
     _spell_averages(ready)
     shield_floats(ready)
+    extras = () if standard else use_runtime_operators(ready)
     ready.refresh()
     with replacing(path) as staging:
         with _quiet():
-            _write(ready, staging)
+            _write(ready, staging, extras)
         parity = _parity(ready, staging) if check else None
         limit, note = parity_limit(ready), None
         if parity is not None and not parity <= limit:
@@ -98,7 +107,7 @@ def export_onnx(program: Program, path: str | Path, *, check: bool = True) -> Ex
                 "it with the model"
             )
         size = sum(part.stat().st_size for part in staging.parent.iterdir())
-    return ExportCheck(parity, size, limit, note)
+    return ExportCheck(parity, size, limit, note, extras)
 
 
 def parity_limit(program: Program) -> float:
@@ -139,7 +148,7 @@ def _run(program: Program, inputs: tuple[Any, ...]) -> list[Tensor]:
         return [t for t in pytree.tree_leaves(program(*inputs)) if isinstance(t, Tensor)]
 
 
-def _write(program: Program, path: Path) -> None:
+def _write(program: Program, path: Path, extras: tuple[str, ...]) -> None:
     inputs, shapes = _doubled(program)
     weights = sum(t.numel() * t.element_size() for t in program.graph_module.state_dict().values())
     onnx_program = torch.onnx.export(
@@ -149,10 +158,12 @@ def _write(program: Program, path: Path) -> None:
         dynamic_shapes=shapes,
         verbose=False,
         external_data=weights > ONE_FILE_LIMIT,
-        custom_translation_table=dict(TRANSLATIONS),
+        custom_translation_table={**TRANSLATIONS, **RUNTIME_TRANSLATIONS},
     )
     assert onnx_program is not None
     trim(onnx_program.model)
+    if extras:
+        onnx_program.model.metadata_props[BEYOND_STANDARD] = ", ".join(extras)
     try:
         onnx_program.save(str(path), external_data=weights > ONE_FILE_LIMIT)
     except EncodeError:  # with folded constants even a smaller model may be too large

@@ -17,13 +17,18 @@ from torch import Tensor, fx
 
 from fxprune.graph.cost import batch_of
 from fxprune.graph.operators import operator_of
-from fxprune.graph.program import Program
-from fxprune.latency.layer_config import FORMS, conversion
+from fxprune.graph.program import Program, shape_of
+from fxprune.latency.layer_config import FORMS, LayerConfig, conversion
 from fxprune.latency.layers import Kind
 from fxprune.latency.table import Table
 from fxprune.latency.terms import config_of
 from fxprune.pipeline.progress import Tracker
 from fxprune.quantization.patterns import is_move, pattern_of
+
+# Activations that ONNX Runtime computes within the FP32 convolution before them, but for SiLU,
+# which needs the channels in their usual order.
+ACTIVATIONS: tuple[Kind, ...] = ("sigmoid", "silu", "hard-sigmoid", "hard-swish")
+IMAGE_DIMENSIONS = 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,24 @@ class LayerTiming:
     quantized: bool
 
 
+@dataclass(frozen=True)
+class Conversions:
+    """The microseconds of what stands between the forms of one value.
+
+    Attributes:
+        quantize: FP32 to INT8.
+        dequantize: INT8 to FP32.
+        transpose: INT8 kernels of images have the channels last; zero for other values.
+        rearrange: FP32 convolutions of images have channels in blocks; zero for other values.
+
+    """
+
+    quantize: float
+    dequantize: float
+    transpose: float
+    rearrange: float
+
+
 def layer_timings(
     program: Program, layers: Collection[fx.Node], table: Table, progress: Tracker
 ) -> dict[fx.Node, LayerTiming]:
@@ -42,54 +65,62 @@ def layer_timings(
     batch = batch_of(program)
     configs = {node: one for node in layers if (one := config_of(node, batch)) is not None}
     table.fill(configs.values(), progress, FORMS)
-    times = {
-        node: (
-            table.ms(one, "int8") * 1e3,
-            0.0 if _joins_convolution(node, one.kind) else table.ms(one, "fp32") * 1e3,
-        )
-        for node, one in configs.items()
-    }
-    graph = _network(program, times, _conversions(program, batch, table, progress))
+    conversions = _conversions(program, batch, table, progress)
+    times = {}
+    for node, one in configs.items():
+        fp32 = table.ms(one, "fp32") * 1e3
+        if _follows_convolution(node) and one.kind in ACTIVATIONS:
+            fp32 = conversions[node].rearrange + fp32 if one.kind == "silu" else 0.0
+        times[node] = table.ms(one, "int8") * 1e3, fp32
+    graph = _network(program, times, conversions)
     quantized, _ = nx.minimum_cut(graph, "int8", "fp32")[1]
     return {node: LayerTiming(*pair, node.name in quantized) for node, pair in times.items()}
 
 
 def _conversions(
     program: Program, batch: int, table: Table, progress: Tracker
-) -> dict[fx.Node, tuple[float, float]]:
-    """Return the microseconds that it takes to convert each activation to INT8, and from it."""
-    counts = {node: _elements(node, batch) for node in program.graph.nodes if _is_activation(node)}
-    both = {
-        count: (conversion("quantize", count), conversion("dequantize", count))
-        for count in set(counts.values())
-    }
-    table.fill((one for pair in both.values() for one in pair), progress, ("int8",))
-    return {
-        node: (table.ms(both[count][0], "int8") * 1e3, table.ms(both[count][1], "int8") * 1e3)
-        for node, count in counts.items()
-    }
+) -> dict[fx.Node, Conversions]:
+    """Return what it takes to convert each activation."""
+    nodes = [node for node in program.graph.nodes if _is_activation(node)]
+    wanted = {node: _conversion_configs(node, batch) for node in nodes}
+    table.fill({one for configs in wanted.values() for one in configs}, progress, FORMS)
+    found = {}
+    for node, (quantize, dequantize, *transpose) in wanted.items():
+        moved = [table.ms(one, form) * 1e3 for one in transpose for form in FORMS]
+        rearrange, last = moved or (0.0, 0.0)
+        there, back = (table.ms(one, "int8") * 1e3 for one in (quantize, dequantize))
+        found[node] = Conversions(there, back, last, rearrange)
+    return found
+
+
+def _conversion_configs(node: fx.Node, batch: int) -> list[LayerConfig]:
+    count, shape = _elements(node, batch), shape_of(node)
+    found = [conversion("quantize", count), conversion("dequantize", count)]
+    if len(shape) == IMAGE_DIMENSIONS and shape[0] == batch:
+        found.append(LayerConfig("transpose", (), (1, *shape[1:])))
+    return found
 
 
 def _network(
     program: Program,
     times: Mapping[fx.Node, tuple[float, float]],
-    conversions: Mapping[fx.Node, tuple[float, float]],
+    conversions: Mapping[fx.Node, Conversions],
 ) -> nx.DiGraph[str]:
     """Build the graph whose cuts are divisions of the program, and cost what these take."""
     graph: nx.DiGraph[str] = nx.DiGraph()
-    for node in conversions:
+    for node, cost in conversions.items():
         if node in times:
             _arc(graph, node.name, "fp32", times[node][0])
             _arc(graph, "int8", node.name, times[node][1])
         elif not _follows(node):
             _arc(graph, node.name, "fp32", math.inf)
-        quantize, dequantize = conversions[node]
+        blocks = cost.rearrange if _is_convolution(node) or _follows_convolution(node) else 0.0
         for reader in node.users:
             name = reader.name if _is_activation(reader) else "fp32"
             if not _gives_fp32(node):
-                _arc(graph, node.name, name, dequantize)
+                _arc(graph, node.name, name, cost.dequantize + cost.transpose)
             if name != "fp32":
-                _arc(graph, name, node.name, quantize)
+                _arc(graph, name, node.name, cost.quantize + cost.transpose + blocks)
     return graph
 
 
@@ -114,12 +145,14 @@ def _follows(node: fx.Node) -> bool:
     return follows or is_move(node) or operator_of(node).clamps
 
 
-def _joins_convolution(node: fx.Node, kind: Kind) -> bool:
-    """Whether ONNX Runtime computes an activation within the FP32 convolution before it."""
-    if kind not in ("sigmoid", "hard-sigmoid", "hard-swish"):
-        return False
-    source = node.all_input_nodes[0]
-    return operator_of(source).kind == "convolution" and len(source.users) == 1
+def _is_convolution(node: fx.Node) -> bool:
+    return operator_of(node).kind == "convolution"
+
+
+def _follows_convolution(node: fx.Node) -> bool:
+    """Whether a node's one operand is an FP32 convolution's result, which may be in blocks."""
+    sources = node.all_input_nodes
+    return len(sources) == 1 and _is_convolution(sources[0])
 
 
 def _gives_fp32(node: fx.Node) -> bool:
