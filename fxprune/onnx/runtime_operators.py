@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from onnxscript.values import Opset
+from onnx.defs import OpSchema
+from onnxscript import opset20
+from onnxscript.values import Op, Opset
 from torch import Tensor, fx
 from torch.nn import functional as F
 
@@ -22,7 +24,45 @@ from fxprune.graph.surgery import insert_call, replace_node
 
 aten = torch.ops.aten
 DOMAIN = "com.microsoft"
-_runtime = Opset(DOMAIN, 1)
+
+
+def _operator(name: str, inputs: Mapping[str, str], *attributes: str) -> Op:
+    """Describe an operator of ONNX Runtime to ONNX Script.
+
+    Args:
+        name: in the domain.
+        inputs: types by name; a name that ends in a question mark is optional.
+        attributes: names of numbers.
+
+    """
+    option, single = OpSchema.FormalParameterOption.Optional, OpSchema.FormalParameterOption.Single
+    schema = OpSchema(
+        name,
+        DOMAIN,
+        1,
+        inputs=[
+            OpSchema.FormalParameter(
+                key.rstrip("?"), type_, param_option=option if key.endswith("?") else single
+            )
+            for key, type_ in inputs.items()
+        ],
+        outputs=[OpSchema.FormalParameter("Y", "tensor(float)")],
+        attributes=[
+            OpSchema.Attribute(key, OpSchema.AttrType.FLOAT, required=False) for key in attributes
+        ],
+    )
+    return Op(Opset(DOMAIN, 1), name, schema)
+
+
+QUICK_GELU = _operator("QuickGelu", {"X": "tensor(float)"}, "alpha")
+MATMUL_INTEGER_TO_FLOAT = _operator(
+    "MatMulIntegerToFloat",
+    {
+        "A": "tensor(uint8)", "B": "tensor(int8)", "a_scale": "tensor(float)",
+        "b_scale": "tensor(float)", "a_zero_point?": "tensor(uint8)",
+        "b_zero_point?": "tensor(int8)", "bias?": "tensor(float)",
+    },
+)  # fmt: skip
 
 
 @torch.library.custom_op("fxprune::integer_linear", mutates_args=())
@@ -59,14 +99,12 @@ FUSED_SILU = torch.ops.fxprune.fused_silu.default
 def _integer_linear(
     x: Any, weight: Any, x_scale: Any, weight_scale: Any, x_zero: Any, bias: Any
 ) -> Any:
-    from onnxscript import opset20 as op
-
-    right = op.Transpose(weight, perm=[1, 0])
-    return _runtime.MatMulIntegerToFloat(x, right, x_scale, weight_scale, x_zero, None, bias)
+    right = opset20.Transpose(weight, perm=[1, 0])
+    return MATMUL_INTEGER_TO_FLOAT(x, right, x_scale, weight_scale, x_zero, None, bias)
 
 
 def _silu(x: Any) -> Any:
-    return _runtime.QuickGelu(x, alpha=1.0)
+    return QUICK_GELU(x, alpha=1.0)
 
 
 RUNTIME_TRANSLATIONS: Mapping[Any, Callable[..., Any]] = {
