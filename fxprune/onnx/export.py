@@ -148,7 +148,7 @@ def _run(program: Program, inputs: tuple[Any, ...]) -> list[Tensor]:
         return [t for t in pytree.tree_leaves(program(*inputs)) if isinstance(t, Tensor)]
 
 
-def _write(program: Program, path: Path, extras: tuple[str, ...]) -> None:
+def _write(program: Program, path: Path, extras: tuple[str, ...] = ()) -> None:
     inputs, shapes = _doubled(program)
     weights = sum(t.numel() * t.element_size() for t in program.graph_module.state_dict().values())
     onnx_program = torch.onnx.export(

@@ -130,7 +130,7 @@ def use_runtime_operators(program: Program) -> tuple[str, ...]:
 
 
 def _comes_from_int8(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target is DEQUANTIZE and node.args[3] == -1
+    return isinstance(node, fx.Node) and node.target is DEQUANTIZE and bool(node.args[3] == -1)
 
 
 def _adds_after_rescaling(program: Program, layer: fx.Node) -> bool:
