@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Subset, TensorDataset, default_collate
 
-from fxprune.data.datasets import Gathers, Samples
+from fxprune.data.datasets import Gathers, Samples, Unlabelled
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,26 @@ def batches(
 def _gather(dataset: Any, indices: Tensor) -> Any:
     if isinstance(dataset, Subset):
         return _gather(dataset.dataset, torch.as_tensor(dataset.indices)[indices])
+    if isinstance(dataset, Unlabelled):
+        return tuple(_gather(dataset.samples, indices)), None
     if isinstance(dataset, Gathers):
         return dataset.gather(indices)
     if isinstance(dataset, TensorDataset):
         return tuple(tensor[indices] for tensor in dataset.tensors)
-    return default_collate([dataset[index] for index in indices.tolist()])
+    return _collated([dataset[index] for index in indices.tolist()])
+
+
+def _collated(samples: list[Any]) -> Any:
+    """Stack samples; a target that is None in all of them stays None."""
+    if all(isinstance(one, (tuple, list)) and one and one[-1] is None for one in samples):
+        return [*default_collate([tuple(one[:-1]) for one in samples]), None]
+    return default_collate(samples)
 
 
 def _as_batch(collated: Any) -> Batch:
     if not isinstance(collated, (tuple, list)):
         return Batch((collated,), None)
-    if len(collated) == 1:
-        return Batch(tuple(collated), None)
-    *inputs, target = collated
+    *inputs, target = collated if len(collated) > 1 else (*collated, None)
     if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
         inputs = list(inputs[0])
     return Batch(tuple(inputs), target)

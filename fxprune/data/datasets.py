@@ -69,3 +69,16 @@ class Collated:
     def gather(self, indices: Tensor) -> Any:
         """Return the collated samples of these indices."""
         return self.collate([self.samples[index] for index in indices.tolist()])
+
+
+@dataclass(frozen=True, eq=False)
+class Unlabelled:
+    """A dataset whose items are the inputs of a model that takes several, and no target."""
+
+    samples: Samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int, /) -> Any:
+        return tuple(self.samples[index]), None

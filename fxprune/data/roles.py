@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
-from fxprune.data.datasets import Arrays, Collated, Samples
+from fxprune.data.datasets import Arrays, Collated, Samples, Unlabelled
 from fxprune.errors import InputError
 
 ROLES = ("calibration", "train", "eval")
@@ -135,15 +135,40 @@ def _unload(loader: DataLoader[Any]) -> Any:
     return Collated(loader.dataset, loader.collate_fn)  # type: ignore[arg-type]  # map-style, checked next
 
 
-def _pair(source: tuple[Any, ...], role: str) -> Arrays:
+def _pair(source: tuple[Any, ...], role: str) -> Samples:
     tensors = [torch.as_tensor(array) for array in source]
-    if len(tensors) != 2 or len(tensors[0]) != len(tensors[1]):
+    if len(tensors) < 2 or len({len(tensor) for tensor in tensors}) > 1:
         lengths = ", ".join(str(len(tensor)) for tensor in tensors)
         raise InputError(
             f"{role} is a tuple of tensors of lengths {lengths}; "
             "give one pair (x, y) with one target per input"
         )
+    if len(tensors) > 2:
+        several: Samples = TensorDataset(*tensors)
+        return several
     return Arrays(tensors[0], tensors[1])
+
+
+def without_labels(data: Data, inputs: int | None) -> Data:
+    """Take samples of as many elements as the model has inputs for unlabelled ones.
+
+    Args:
+        data: its samples are ``(input, target)`` unless they are found to be inputs alone.
+        inputs: how many inputs the model needs; None if that is not known.
+
+    """
+    if inputs is None or inputs < 2:
+        return data
+    made: dict[int, Samples] = {}
+    for _, samples in data.roles():
+        item = samples[0]
+        if isinstance(item, (tuple, list)) and len(item) == inputs and item[-1] is not None:
+            made[id(samples)] = Unlabelled(samples)
+    if not made:
+        return data
+    changed = {role: made.get(id(samples), samples) for role, samples in data.roles()}
+    note = f"samples of {inputs} elements are the model's {inputs} inputs, without labels"
+    return replace(data, **changed, notes=(*data.notes, note))
 
 
 def subset(samples: Samples, count: int, seed: int) -> Samples:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Mapping
+from collections import namedtuple
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def _describe_signature(program: Program) -> dict[str, Any] | None:
         "names": list(info.orig_args),
         "in": pytree.treespec_dumps(info.in_spec) if info.in_spec else None,
         "out": pytree.treespec_dumps(_plain_spec(info.out_spec)) if info.out_spec else None,
+        "named_tuples": list(_named_tuples(info.out_spec)) if info.out_spec else [],
     }
 
 
@@ -153,11 +155,45 @@ def _plain_spec(spec: pytree.TreeSpec) -> pytree.TreeSpec:
     return spec
 
 
+def _named_tuples(spec: pytree.TreeSpec) -> Iterator[dict[str, Any]]:
+    """Yield where the named tuples of an output are, with their names."""
+
+    def walk(value: Any, path: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            fields = list(value._fields)
+            yield {"path": list(path), "name": type(value).__name__, "fields": fields}
+        items = value.items() if isinstance(value, Mapping) else _numbered(value)
+        for key, item in items:
+            yield from walk(item, (*path, str(key)))
+
+    yield from walk(pytree.tree_unflatten(range(spec.num_leaves), spec), ())
+
+
+def _numbered(value: Any) -> list[tuple[int, Any]]:
+    return list(enumerate(value)) if isinstance(value, (list, tuple)) else []
+
+
+def _with_names(spec: pytree.TreeSpec, described: list[dict[str, Any]]) -> pytree.TreeSpec:
+    """Turn the sequences at some places of an output back into named tuples."""
+    made = {tuple(entry["path"]): namedtuple(entry["name"], entry["fields"]) for entry in described}
+
+    def walk(value: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(value, Mapping):
+            return {key: walk(item, (*path, str(key))) for key, item in value.items()}
+        items = [walk(item, (*path, str(key))) for key, item in _numbered(value)]
+        if path in made:
+            return made[path](*items)
+        return type(value)(items) if isinstance(value, (list, tuple)) else value
+
+    return pytree.tree_structure(walk(pytree.tree_unflatten(range(spec.num_leaves), spec), ()))
+
+
 def _plain_value(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain_value(item) for item in value]
+        kind = tuple if isinstance(value, tuple) else list
+        return kind(_plain_value(item) for item in value)
     return value
 
 
@@ -199,6 +235,8 @@ def _signature(described: dict[str, Any]) -> _PyTreeInfo:
         side: pytree.treespec_loads(described[side]) if described[side] else None
         for side in ("in", "out")
     }
+    if specs["out"] and (named := described.get("named_tuples")):
+        specs["out"] = _with_names(specs["out"], named)
     return _PyTreeInfo(described["names"], specs["in"], specs["out"])  # type: ignore[arg-type]
 
 

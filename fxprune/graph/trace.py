@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
@@ -36,7 +38,8 @@ def trace(
     ``Program.train``, stochastic depth is gone. Sizes are literals except for dynamic dimensions.
 
     Args:
-        model: any module that ``torch.export`` can capture.
+        model: any module that ``torch.export`` can capture; ``nn.DataParallel`` and
+            ``torch.compile`` around it are ignored.
         example_inputs: positional inputs; a batch of one is enough.
         dynamic: per flattened tensor input (by number), the dimensions that may vary. By default
             dimension 0 of every input, if they all agree on its size and the model permits.
@@ -53,8 +56,10 @@ def trace(
             f"example_inputs must be a tuple of positional inputs, not a "
             f"{type(example_inputs).__name__}; write trace(model, (x,))"
         )
+    model = unwrapped(model)
     wanted = _batch_dimensions(example_inputs) if dynamic is None else dict(dynamic)
-    with _evaluation(model), captured_as_called(model), torch.no_grad():
+    eager = torch.compiler.set_stance("force_eager")  # compiled parts run as they are written
+    with _evaluation(model), captured_as_called(model), torch.no_grad(), eager:
         exported = _export(model, example_inputs, wanted)
     program = from_exported(exported, example_inputs)
     if check:
@@ -150,9 +155,37 @@ def _export_dynamic(
     return torch.export.export(
         model,
         pytree.tree_unflatten(doubled, spec),
-        dynamic_shapes=pytree.tree_unflatten(shapes, spec),
+        dynamic_shapes=_by_parameter(model, pytree.tree_unflatten(shapes, spec)),
         strict=False,
     )
+
+
+def _by_parameter(model: nn.Module, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Group positional values as forward's parameters do: ``*args`` is one tuple of them."""
+    bound = inspect.signature(model.forward).bind(*values).arguments
+    return tuple(bound.values())
+
+
+def required_inputs(model: nn.Module | Program) -> int | None:
+    """Return how many positional inputs a model needs; None if its signature does not say."""
+    if isinstance(model, Program):
+        return len(model.example_inputs)
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return None
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(one.kind in positional and one.default is one.empty for one in parameters)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside wrappers that only change how it runs, not what it computes."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile
+        if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _placeholders(exported: ExportedProgram) -> list[Tensor]:

@@ -15,8 +15,9 @@ from typing import Any
 import onnxruntime
 import torch
 from google.protobuf.message import EncodeError
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import Dim
+from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import PostconditionError
@@ -90,6 +91,7 @@ def export_onnx(
     spell_attention(ready)
     spell_clamps(ready)
     _spell_averages(ready)
+    _return_tensors_alone(ready)
     shield_floats(ready)
     extras = () if standard else use_runtime_operators(ready)
     ready.refresh()
@@ -153,7 +155,7 @@ def _write(program: Program, path: Path, extras: tuple[str, ...] = ()) -> None:
     weights = sum(t.numel() * t.element_size() for t in program.graph_module.state_dict().values())
     onnx_program = torch.onnx.export(
         program.graph_module,
-        inputs,
+        (*inputs, {}),  # a last dictionary is taken for keyword arguments
         dynamo=True,
         dynamic_shapes=shapes,
         verbose=False,
@@ -234,6 +236,24 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _return_tensors_alone(program: Program) -> None:
+    """Leave None and numbers out of the outputs, which an ONNX file cannot return."""
+    output = program.graph.output_node()
+    leaves = pytree.tree_leaves(output.args[0])
+    tensors = [
+        leaf
+        for leaf in leaves
+        if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), Tensor)
+    ]
+    if len(tensors) == len(leaves):
+        return
+    output.args = (tuple(tensors),)
+    codegen = program.graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):
+        spec = pytree.tree_structure(tuple(range(len(tensors))))
+        program.graph.set_codegen(_PyTreeCodeGen(codegen.pytree_info._replace(out_spec=spec)))
 
 
 def _spell_averages(program: Program) -> None:

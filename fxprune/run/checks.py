@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxprune.calibration.outputs import class_axis, logits_of
@@ -40,7 +40,7 @@ def check_data(data: Data, program: Program) -> None:
     """
     check_inputs(data, program.example_inputs)
     output = next(node for node in program.graph.nodes if node.op == "output")
-    values = pytree.tree_map(lambda node: node.meta.get("val"), output.args[0])
+    values = pytree.tree_map_only(fx.Node, lambda node: node.meta.get("val"), output.args[0])
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(values)):
         return
     logits = logits_of(values)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from fxprune.calibration.running import fixed_batch
 from fxprune.data.batches import batches
-from fxprune.data.roles import Data, as_data, subset
+from fxprune.data.roles import Data, as_data, subset, without_labels
 from fxprune.errors import InputError
 from fxprune.graph.facts import CONVERTED, OBSERVED, PLAN
 from fxprune.graph.program import Program
-from fxprune.graph.trace import trace
+from fxprune.graph.trace import required_inputs, trace
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.driver import Pipeline
 from fxprune.planning.budget import Target
@@ -29,7 +31,8 @@ from fxprune.structure.groups import Group, find_groups
 class Job:
     """What a run works on: the dense program, its data, and what is asked of it.
 
-    ``trials`` are those of the search for targets, if there was one.
+    ``trials`` are those of the search for targets, if there was one; ``notes`` say what was assumed
+    of the model and the data.
     """
 
     dense: Program
@@ -39,6 +42,7 @@ class Job:
     targets: tuple[Target, ...]
     options: Options
     trials: tuple[Trial, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def judge(self) -> Judge:
@@ -86,14 +90,28 @@ def make_job(
     """
     pipeline, targets = resolve(options)
     samples = None if data is None else as_data(data, seed=options.seed)
+    if samples is not None:
+        samples = without_labels(samples, required_inputs(model))
     program = _program(model, example_inputs, samples)
+    notes = tuple(_fixed(program))
     if samples is not None:
         check_data(samples, program)
-        for note in samples.notes:
-            options.progress.note(note)
+        notes = (*samples.notes, *notes)
         samples = _limited(samples, options)
+    for note in notes:
+        options.progress.note(note)
     groups = find_groups(program, attention_of(pipeline))
-    return Job(program, groups, samples, pipeline, targets, options)
+    return Job(program, groups, samples, pipeline, targets, options, notes=notes)
+
+
+def _fixed(program: Program) -> Iterator[str]:
+    """Say so if the batch size is not dynamic."""
+    size = fixed_batch(program)
+    if size is not None:
+        yield (
+            f"the batch size is fixed to {size}, in the ONNX file too: the model cannot be "
+            "captured with a dynamic one"
+        )
 
 
 def _program(

@@ -88,7 +88,7 @@ def _group(group: Group, journal: Journal, small: Program) -> GroupEntry:
 
 
 def _notes(job: Job, journal: Journal, before: Evaluation) -> tuple[str, ...]:
-    notes = list(job.data.notes) if job.data else []
+    notes = list(job.notes)
     notes += [before.note] if before.note else []
     return (*notes, *(note for entry in journal.entries for note in entry.outcome.notes))
 
