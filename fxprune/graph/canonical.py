@@ -20,6 +20,7 @@ from fxprune.graph.functionalize import (
 from fxprune.graph.node_args import argument
 from fxprune.graph.parametrisation import fold_parametrisations
 from fxprune.graph.program import Program
+from fxprune.graph.regions import inline_regions
 from fxprune.graph.surgery import insert_call, replace_node
 
 aten = torch.ops.aten
@@ -33,6 +34,7 @@ def canonicalise(program: Program) -> None:
 
     Leaves an in-place call where a view of its operand is read later, since the two would part.
     """
+    inline_regions(program)
     _drop_checks(program.graph)
     separate_state(program)
     _make_functional(program.graph)
