@@ -68,7 +68,8 @@ def on_condition(model: Any, x: Tensor) -> Tensor:
 def nested(model: Any, x: Tensor) -> Tensor:
     def yes(hidden: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            return torch.cond(hidden.max() > 1, lambda h: h + 1, lambda h: h * 2, (hidden,))
+            chosen: Tensor = torch.cond(hidden.max() > 1, lambda h: h + 1, torch.neg, (hidden,))
+            return chosen
 
     hidden = model.first(x)
     chosen = torch.cond(hidden.sum() > 0, yes, lambda h: -h, (hidden,))

@@ -55,6 +55,26 @@ def bilinear(node: fx.Node) -> list[tuple[Place, ...]]:
     return [(*every_dimension(node), *every_dimension(argument(node, "weight"))[1:])]
 
 
+def outer(node: fx.Node) -> list[tuple[Place, ...]]:
+    """One product for every element."""
+    return [every_dimension(node)]
+
+
+def summed_product(node: fx.Node) -> list[tuple[Place, ...]]:
+    """Matrix products that are summed, and added to the first argument."""
+    left, right = argument(node, "batch1"), argument(node, "batch2")
+    return [(*every_dimension(left), (right, 2))]
+
+
+def tensordot(node: fx.Node) -> list[tuple[Place, ...]]:
+    """Every pair of elements that agree in the dimensions that are summed over."""
+    left, right = argument(node, "self"), argument(node, "other")
+    rank = len(shape_of(right))
+    summed = {dim % rank for dim in argument(node, "dims_other")}
+    rest = (place for place in every_dimension(right) if place[1] not in summed)
+    return [(*every_dimension(left), *rest)]
+
+
 def attention(node: fx.Node) -> list[tuple[Place, ...]]:
     """Queries times keys, and weights times values."""
     query, key = argument(node, "query"), argument(node, "key")

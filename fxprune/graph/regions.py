@@ -132,7 +132,7 @@ def _replace(node: fx.Node, made: Sequence[Any]) -> None:
     """Let what reads an output of a region read what it is now."""
     for user in list(node.users):
         assert user.target is operator.getitem
-        value = made[user.args[1]]  # type: ignore[call-overload]
+        value = made[int(user.args[1])]  # type: ignore[arg-type]
         user.replace_all_uses_with(value)
         user.graph.erase_node(user)
 

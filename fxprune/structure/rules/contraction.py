@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from fxprune.graph.node_args import argument, arguments
-from fxprune.structure.flow import Flow, Path, Read
+from fxprune.structure.flow import Flow, NotCovered, Path, Read, Rule
 from fxprune.structure.labels import DimLabels, Labels
 from fxprune.structure.rules.record import OperatorRule, Remaining
 
@@ -153,15 +153,14 @@ def attention(flow: Flow, node: fx.Node) -> Any:
     """``softmax(q k' / sqrt(d) + mask) v``; query heads may share key and value heads."""
     given = arguments(node)
     query, key, value = (flow.labels(given[name]) for name in ("query", "key", "value"))
-    batch = _letters(len(query.shape) - 2)
+    batch = _letters(max(len(labels.shape) for labels in (query, key, value)) - 2)
     _note_roles(flow, node, query, key)
     _note_roles(flow, node, value, value)
     if given["enable_gqa"] and query.shape[-3] != key.shape[-3]:
         key, value = (_repeat_heads(labels, query.shape[-3]) for labels in (key, value))
     places: list[tuple[Path, Labels, str]] = [
-        ((0,), query, batch + "xy"),
-        ((1,), key, batch + "zy"),
-        ((2,), value, batch + "zv"),
+        ((number,), labels, (batch + pair)[len(batch) + 2 - len(labels.shape) :])
+        for number, labels, pair in ((0, query, "xy"), (1, key, "zy"), (2, value, "zv"))
     ]
     if isinstance(given["attn_mask"], fx.Node):
         mask = flow.labels(given["attn_mask"])
@@ -189,7 +188,91 @@ def distances(flow: Flow, node: fx.Node) -> Any:
         ((number,), labels, batch[len(batch) + 2 - len(labels.shape) :] + row + "z")
         for number, labels, row in ((0, left, "x"), (1, right, "y"))
     ]
-    return contract(flow, node, places, batch + "xy")
+    labels = contract(flow, node, places, batch + "xy")
+    summed = Read((1,), len(right.shape) - 1)  # zeros on one side are not yet a distance of zero
+    flow.reads[node] += (summed,)
+    return labels
+
+
+def pairwise(flow: Flow, node: fx.Node) -> Any:
+    """The distance between the rows of two values at the same place."""
+    given = arguments(node)
+    if given["keepdim"]:
+        raise NotCovered("it keeps the dimension that it sums over")
+    left, right = flow.labels(given["x1"]), flow.labels(given["x2"])
+    letters = _letters(max(len(left.shape), len(right.shape)) - 1) + "z"
+    places: list[tuple[Path, Labels, str]] = [
+        ((number,), labels, letters[len(letters) - len(labels.shape) :])
+        for number, labels in enumerate((left, right))
+    ]
+    labels = contract(flow, node, places, letters[:-1])
+    flow.reads[node] += (Read((1,), len(right.shape) - 1),)
+    return labels
+
+
+def outer(flow: Flow, node: fx.Node) -> Any:
+    """All products of two vectors' elements."""
+    left, right = flow.labels(node.args[0]), flow.labels(node.args[1])
+    return contract(flow, node, [((0,), left, "x"), ((1,), right, "y")], "xy")
+
+
+def inner(flow: Flow, node: fx.Node) -> Any:
+    """A sum over the last dimensions of both."""
+    left, right = flow.labels(node.args[0]), flow.labels(node.args[1])
+    if not left.shape or not right.shape:
+        raise NotCovered("it multiplies by a single number")
+    letters = _letters(len(left.shape) + len(right.shape) - 2)
+    first, second = letters[: len(left.shape) - 1], letters[len(left.shape) - 1 :]
+    places: list[tuple[Path, Labels, str]] = [
+        ((0,), left, first + "z"),
+        ((1,), right, second + "z"),
+    ]
+    return contract(flow, node, places, letters)
+
+
+def tensordot(flow: Flow, node: fx.Node) -> Any:
+    """A sum over pairs of dimensions."""
+    given = arguments(node)
+    left, right = flow.labels(given["self"]), flow.labels(given["other"])
+    letters = _letters(len(left.shape) + len(right.shape))
+    first, second = letters[: len(left.shape)], list(letters[len(left.shape) :])
+    summed = ""
+    for dim, other in zip(given["dims_self"], given["dims_other"], strict=True):
+        second[other % len(second)] = first[dim]
+        summed += first[dim]
+    result = "".join(letter for letter in [*first, *second] if letter not in summed)
+    return contract(flow, node, [((0,), left, first), ((1,), right, "".join(second))], result)
+
+
+def chain(flow: Flow, node: fx.Node) -> Any:
+    """A product of several matrices; the first and the last may be vectors."""
+    operands = [flow.labels(item) for item in arguments(node)["tensors"]]
+    letters = "abcdefghijklmnopqrstuvw"
+    places: list[tuple[Path, Labels, str]] = []
+    for number, labels in enumerate(operands):
+        pair = letters[number : number + 2]
+        is_row = len(labels.shape) == 1
+        places.append(((0, number), labels, pair[1 if number == 0 else 0] if is_row else pair))
+    result = ("" if len(operands[0].shape) == 1 else letters[0]) + (
+        "" if len(operands[-1].shape) == 1 else letters[len(operands)]
+    )
+    return contract(flow, node, places, result)
+
+
+def added(letters: tuple[str, str, str]) -> Rule:
+    """Make the rule of a product of the second and third argument that is added to the first."""
+
+    def rule(flow: Flow, node: fx.Node) -> Any:
+        bias, left, right = (flow.labels(operand) for operand in node.args[:3])
+        result = letters[2]
+        places: list[tuple[Path, Labels, str]] = [
+            ((1,), left, letters[0]),
+            ((2,), right, letters[1]),
+            ((0,), bias, result[len(result) - len(bias.shape) :]),
+        ]
+        return contract(flow, node, places, result)
+
+    return rule
 
 
 def _attention(node: fx.Node, remaining: Remaining) -> None:
@@ -201,9 +284,20 @@ def _attention(node: fx.Node, remaining: Remaining) -> None:
 
 RULES: dict[Any, OperatorRule] = {
     aten.linear: OperatorRule(linear),
-    **dict.fromkeys((aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot), OperatorRule(matmul)),
+    **dict.fromkeys(
+        (aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot, aten.vdot, aten.linalg_matmul),
+        OperatorRule(matmul),
+    ),
     **dict.fromkeys((aten.addmm, aten.baddbmm), OperatorRule(addmm)),
+    aten.addmv: OperatorRule(added(("xy", "y", "x"))),
+    aten.addr: OperatorRule(added(("x", "y", "xy"))),
+    aten.addbmm: OperatorRule(added(("bxy", "byz", "xz"))),
+    aten.outer: OperatorRule(outer),
+    aten.inner: OperatorRule(inner),
+    aten.tensordot: OperatorRule(tensordot),
+    aten.linalg_multi_dot: OperatorRule(chain),
     aten.bilinear: OperatorRule(bilinear),
+    aten.pairwise_distance: OperatorRule(pairwise),
     aten.cdist: OperatorRule(distances),
     aten.einsum: OperatorRule(einsum),
     aten.scaled_dot_product_attention: OperatorRule(attention, _attention),

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from fxprune.graph.node_args import arguments
 from fxprune.graph.surgery import set_tensor
-from fxprune.structure.flow import Flow
+from fxprune.structure.flow import Flow, NotCovered
 from fxprune.structure.labels import DimLabels, Labels
 from fxprune.structure.rules.movement import replay
 from fxprune.structure.rules.record import OperatorRule, Remaining
@@ -33,6 +33,8 @@ def index_select(flow: Flow, node: fx.Node) -> Any:
 def _take(flow: Flow, node: fx.Node, source: Labels, indices: list[Any]) -> Any:
     """A constant list of indices moves what it indexes; otherwise that stays."""
     used = [dim for dim, item in enumerate(indices) if item is not None]
+    if any(indices[dim].meta["val"].dtype in (torch.bool, torch.uint8) for dim in used):
+        raise NotCovered("it picks elements by a mask")
     picked: tuple[DimLabels, ...] = ()
     numbers = _constant(flow, indices[used[0]]) if len(used) == 1 else None
     for dim in used:
@@ -94,6 +96,28 @@ def gather(flow: Flow, node: fx.Node) -> Any:
     return Labels(index.shape, entries)
 
 
+def take_along(flow: Flow, node: fx.Node) -> Any:
+    """The dimension that is taken from stays; the others broadcast with those of the indices."""
+    given = arguments(node)
+    source, index = flow.labels(given["self"]), flow.labels(given["indices"])
+    if given["dim"] is None:
+        raise NotCovered("it runs over all dimensions")
+    dim = given["dim"] % len(source.shape)
+    flow.freeze(node, [*source.at(dim), *index.at(dim)], "it is gathered by numbers")
+    entries: tuple[DimLabels, ...] = ()
+    for other in range(len(source.shape)):
+        if other != dim:
+            entries += flow.align(node, [(source, other), (index, other)], other)
+    return Labels(tuple(node.meta["val"].shape), entries)
+
+
+def bucketize(flow: Flow, node: fx.Node) -> Any:
+    """Every number is looked up in a list, whose order matters."""
+    values, borders = node.args[:2]
+    flow.freeze(node, flow.labels(borders).entries, "its order counts", silent=True)
+    return flow.labels(values)
+
+
 def unbind(flow: Flow, node: fx.Node) -> Any:
     """Taking a dimension apart fixes its size."""
     source, given = flow.labels(node.args[0]), arguments(node)
@@ -131,5 +155,7 @@ RULES: dict[Any, OperatorRule] = {
     aten.index_select: OperatorRule(index_select, _index),
     aten.select: OperatorRule(select, _select),
     aten.gather: OperatorRule(gather),
+    aten.take_along_dim: OperatorRule(take_along),
+    **dict.fromkeys((aten.bucketize, aten.isin), OperatorRule(bucketize)),
     aten.unbind: OperatorRule(unbind),
 }

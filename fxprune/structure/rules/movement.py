@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxprune.graph.node_args import argument
+from fxprune.graph.node_args import argument, arguments
 from fxprune.graph.operators import packets
+from fxprune.graph.surgery import rewrite_call
 from fxprune.structure.flow import Flow, NotCovered
 from fxprune.structure.labels import DimLabels, Labels, spread
 from fxprune.structure.rules.record import OperatorRule, Remaining, Repair
@@ -22,6 +24,8 @@ def reshape(flow: Flow, node: fx.Node) -> Any:
     So the work is that of the labels, not that of the activations.
     """
     source, shape = flow.labels(node.args[0]), tuple(node.meta["val"].shape)
+    if node.target is aten.view.dtype and shape != source.shape:
+        raise NotCovered("it reads numbers as numbers of another size")
     if 0 in shape:
         return Labels(shape)
     entries: tuple[DimLabels, ...] = ()
@@ -123,6 +127,22 @@ def repeat(flow: Flow, node: fx.Node) -> Any:
     return Labels(shape, moved.entries + _grown(flow, node, source, given))
 
 
+def diagonal(flow: Flow, node: fx.Node) -> Any:
+    """The main diagonal of a square keeps the same rows as columns; of any other both stay."""
+    given, source = arguments(node), flow.labels(node.args[0])
+    first, second = (given[name] % len(source.shape) for name in ("dim1", "dim2"))
+    shape = tuple(node.meta["val"].shape)
+    along: tuple[DimLabels, ...] = ()
+    if given["offset"] == 0 and source.shape[first] == source.shape[second]:
+        along = flow.align(node, [(source, first), (source, second)], len(shape) - 1)
+    else:
+        met = [*source.at(first), *source.at(second)]
+        flow.freeze(node, met, "its diagonal is not the main one of a square")
+    rest = Labels(source.shape, source.without(first, second))
+    moved = replay(flow, node, rest, lambda ids: ids.diagonal(given["offset"], first, second))
+    return Labels(shape, moved.entries + along)
+
+
 def _grown(flow: Flow, node: fx.Node, source: Labels, sizes: list[Any]) -> tuple[DimLabels, ...]:
     """Label the dimensions that had no size before, or a size of one."""
     shape = tuple(node.meta["val"].shape)
@@ -138,6 +158,8 @@ def _sizes(position: int, *, inferred: bool = True) -> Repair:
     """Repair a list of the output's sizes; a computed one is inferred if the operator permits."""
 
     def repair(node: fx.Node, remaining: Remaining) -> None:
+        if not isinstance(node.args[position], Sequence):
+            return  # a view as another type
         sizes: list[Any] = list(node.args[position])  # type: ignore[arg-type]
         offset = len(remaining.before[0]) - len(sizes)
         for number, size in enumerate(sizes):
@@ -154,6 +176,19 @@ def _sizes(position: int, *, inferred: bool = True) -> Repair:
         node.update_arg(position, sizes)
 
     return repair
+
+
+def _split_evenly(node: fx.Node, remaining: Remaining) -> None:
+    """Pieces of one size become pieces whose sizes are given."""
+    source, dim = node.args[0], argument(node, "dim") % len(remaining.before[0])
+    if any(dim in kept for kept in remaining.kept):
+        sizes = [remaining.size(dim, piece) for piece in range(len(remaining.before))]
+        rewrite_call(remaining.program, node, aten.split_with_sizes.default, (source, sizes, dim))
+
+
+def _repeated(node: fx.Node, remaining: Remaining) -> None:
+    """The size of the result, where it is given, is what it will be."""
+    node.kwargs = {name: value for name, value in node.kwargs.items() if name != "output_size"}
 
 
 def _unflatten(node: fx.Node, remaining: Remaining) -> None:
@@ -197,7 +232,7 @@ MOVE = OperatorRule(move)
 EXPAND = OperatorRule(expand, _sizes(1, inferred=False))
 MOVEMENTS = (
     "permute transpose t numpy_T mT adjoint movedim moveaxis swapaxes swapdims squeeze unsqueeze"
-    " split chunk tensor_split flip repeat_interleave tile pixel_shuffle pixel_unshuffle diagonal"
+    " flip tile pixel_shuffle pixel_unshuffle"
     " rot90 atleast_2d atleast_3d"
 )
 
@@ -208,10 +243,13 @@ RULES: dict[Any, OperatorRule] = {
     **dict.fromkeys((aten.flatten, aten.ravel), OperatorRule(reshape)),
     aten.unflatten: OperatorRule(reshape, _unflatten),
     aten.split_with_sizes: OperatorRule(move, _split),
+    **dict.fromkeys((aten.split, aten.chunk, aten.tensor_split), OperatorRule(move, _split_evenly)),
+    aten.repeat_interleave: OperatorRule(move, _repeated),
     aten.narrow: OperatorRule(move, _narrow),
     **dict.fromkeys(
         (aten.expand, aten.broadcast_to), OperatorRule(expand, _sizes(1, inferred=False))
     ),
     aten.expand_as: OperatorRule(expand_like),
     aten.repeat: OperatorRule(repeat, _repeat),
+    aten.diagonal: OperatorRule(diagonal),
 }

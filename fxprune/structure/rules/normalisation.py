@@ -11,6 +11,7 @@ from fxprune.graph.node_args import arguments
 from fxprune.graph.operators import packets
 from fxprune.structure.flow import Flow
 from fxprune.structure.labels import DimLabels, Labels
+from fxprune.structure.rules.pointwise import pointwise
 from fxprune.structure.rules.record import OperatorRule, Remaining
 
 aten = torch.ops.aten
@@ -26,7 +27,7 @@ def per_channel(flow: Flow, node: fx.Node) -> Any:
     names = ("weight", "bias", "running_mean", "running_var")
     vectors = [flow.labels(given[name]) for name in names if isinstance(given[name], fx.Node)]
     entries = flow.align(node, [(operand, 1), *((vector, 0) for vector in vectors)], 1)
-    if given["running_mean"] is None:
+    if given["running_mean"] is None or given.get("use_input_stats", given.get("training")):
         flow.mix(node, operand.without(1))
     return Labels(operand.shape, operand.without(1) + entries)
 
@@ -58,6 +59,7 @@ def group_norm(flow: Flow, node: fx.Node) -> Any:
         flow.labels(given[name]) for name in ("weight", "bias") if isinstance(given[name], fx.Node)
     ]
     entries = flow.align(node, [(operand, 1), *((vector, 0) for vector in vectors)], 1)
+    flow.mix(node, [entry for entry in operand.entries if entry.dim > 1])
     width = operand.shape[1] // groups
     grouped: tuple[DimLabels, ...] = ()
     for entry in entries:
@@ -89,6 +91,8 @@ def _dims(given: dict[str, Any], rank: int) -> list[int]:
 def reduction(flow: Flow, node: fx.Node) -> Any:
     """A statistic over removable dimensions mixes them; the other dimensions pass."""
     operand, given = flow.labels(node.args[0]), arguments(node)
+    if "other" in given:  # the larger or smaller of two
+        return pointwise(flow, node)
     rank = len(operand.shape)
     dims = _dims(given, rank)
     flow.mix(node, [entry for entry in operand.entries if entry.dim in dims])

@@ -37,14 +37,19 @@ def same(flow: Flow, node: fx.Node) -> Any:
     return flow.labels(node.args[0])
 
 
+def triangle(flow: Flow, node: fx.Node) -> Any:
+    """What is zeroed is chosen by row and column numbers, so both stay."""
+    operand = flow.labels(node.args[0])
+    flow.freeze(node, [*operand.at(-1), *operand.at(-2)], "a triangle of it is set to zero")
+    return Labels(operand.shape, operand.without(-1, -2))
+
+
 def prelu(flow: Flow, node: fx.Node) -> Any:
     """The slope's only dimension is the operand's second."""
     operand, slope = flow.labels(node.args[0]), flow.labels(node.args[1])
-    if len(operand.shape) < 2:
+    if len(operand.shape) < 2 or not slope.shape:
         return operand
-    entries = flow.align(
-        node, [(operand, 1), (slope, 0)] if slope.shape[0] > 1 else [(operand, 1)], 1
-    )
+    entries = flow.align(node, [(operand, 1), (slope, 0)], 1)
     return Labels(operand.shape, operand.without(1) + entries)
 
 
@@ -76,8 +81,9 @@ def _size_argument(node: fx.Node) -> int:
 
 
 def unlabelled(flow: Flow, node: fx.Node) -> Any:
-    """A computed constant, or a value along which nothing is removable."""
+    """A computed constant; what it is computed from must stay as it is."""
     value = node.meta.get("val")
+    flow.freeze_all(node, node.all_input_nodes, "its size or its values make others")
     return Labels(tuple(value.shape)) if isinstance(value, Tensor) else None
 
 
@@ -91,9 +97,10 @@ def _full(node: fx.Node, remaining: Remaining) -> None:
 
 SAME = (
     "clone contiguous detach alias lift_fresh_copy to _to_copy type_as dropout feature_dropout"
-    " alpha_dropout relu6 selu celu elu gelu silu mish hardswish hardsigmoid hardtanh leaky_relu"
-    " softplus log_sigmoid zeros_like ones_like full_like rand_like randn_like empty_like triu tril"
-    " nan_to_num rrelu bernoulli fill zero conj resolve_conj hardshrink softshrink threshold square"
+    " alpha_dropout relu6 selu celu elu gelu silu mish hardswish hardsigmoid hardtanh"
+    " leaky_relu softplus log_sigmoid zeros_like ones_like full_like rand_like randn_like"
+    " empty_like nan_to_num rrelu bernoulli fill zero conj resolve_conj hardshrink softshrink"
+    " threshold square"
 )
 UNIFORM = "zeros ones full empty new_zeros new_ones new_full new_empty"
 UNLABELLED = (
@@ -107,4 +114,5 @@ RULES: dict[Any, OperatorRule] = {
     **dict.fromkeys(packets(UNLABELLED), OperatorRule(unlabelled)),
     aten.prelu: OperatorRule(prelu),
     aten.glu: OperatorRule(glu),
+    **dict.fromkeys((aten.triu, aten.tril), OperatorRule(triangle)),
 }

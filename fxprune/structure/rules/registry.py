@@ -19,6 +19,7 @@ from fxprune.structure.rules import (
     parts,
     pointwise,
     recurrent,
+    scattering,
     spatial,
 )
 from fxprune.structure.rules.pointwise import pointwise as pointwise_rule
@@ -36,6 +37,7 @@ _OWN: dict[Any, OperatorRule] = {
     **normalisation.RULES,
     **spatial.RULES,
     **recurrent.RULES,
+    **scattering.RULES,
 }
 _registered: dict[Any, OperatorRule] = {}
 

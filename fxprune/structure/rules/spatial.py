@@ -49,9 +49,19 @@ def embedding(flow: Flow, node: fx.Node) -> Any:
     return Labels(shape, tuple(DimLabels(len(shape) - 1, entry.ids) for entry in table.at(1)))
 
 
+def embedding_bag(flow: Flow, node: fx.Node) -> Any:
+    """Sums, means or maxima of rows of a table; the width is removable."""
+    table = flow.labels(node.args[0])
+    flow.freeze(node, table.at(0), "rows of an embedding are looked up by number", silent=True)
+    flow.freeze_all(node, node.all_input_nodes[1:], "it says what to look up")
+    bags, *rest = (Labels(tuple(value.shape)) for value in node.meta["val"])
+    entries = tuple(DimLabels(1, entry.ids) for entry in table.at(1))
+    return [Labels(bags.shape, entries), *rest]
+
+
 POOLS = (
     "avg_pool{0}d max_pool{0}d adaptive_avg_pool{0}d adaptive_max_pool{0}d"
-    " max_pool{0}d_with_indices lp_pool{0}d fractional_max_pool{0}d _adaptive_avg_pool{0}d"
+    " max_pool{0}d_with_indices lp_pool{0}d _adaptive_avg_pool{0}d"
     " upsample_nearest{0}d _upsample_nearest_exact{0}d"
 )
 RESAMPLED = {
@@ -68,4 +78,5 @@ RULES: dict[Any, OperatorRule] = {
     },
     **dict.fromkeys((aten.grid_sampler, aten.grid_sampler_2d), OperatorRule(grid_sample)),
     aten.embedding: OperatorRule(embedding),
+    aten.embedding_bag: OperatorRule(embedding_bag),
 }
