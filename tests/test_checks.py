@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxprune.data.roles import as_data
 from fxprune.errors import InputError, PostconditionError
@@ -13,10 +14,11 @@ from fxprune.graph.program import Program
 from fxprune.graph.trace import trace
 from fxprune.onnx.export import ExportCheck
 from fxprune.report.content import Check
-from fxprune.run import checks
 from fxprune.run.checks import accuracy_limit, check_data, check_removal, result_checks
+from fxprune.run.compile import compile
 from fxprune.structure.groups import Group, find_groups
-from fxprune.structure.verify import RemovalCheck
+from fxprune.structure.rules.registry import operator_rule
+from fxprune.structure.verify import RemovalCheck, failing_groups, sample_units
 from fxprune.training.evaluate import Evaluation
 
 
@@ -27,7 +29,8 @@ def program() -> Program:
 
 
 def test_removal_is_exact(program: Program) -> None:
-    check = check_removal(program, find_groups(program), 0)
+    check, failing = check_removal(program, find_groups(program), 0)
+    assert not failing
     assert check.ran
     assert check.passed
     assert check.note == "4 random units of 2 groups"
@@ -36,25 +39,75 @@ def test_removal_is_exact(program: Program) -> None:
 def test_mixed_units_are_not_claimed() -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     program = trace(model, (torch.randn(1, 5),))
-    check = check_removal(program, find_groups(program), 0)
+    check, _ = check_removal(program, find_groups(program), 0)
     assert not check.ran
     assert check.note == "a normalisation mixes the units of every group"
     alone = trace(nn.Linear(5, 3), (torch.randn(1, 5),))
+    check, _ = check_removal(alone, find_groups(alone), 0)
+    assert check.note == "there is no group with removable units"
+
+
+class Summed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 8), nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).tanh().cumsum(1)).relu())  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register a rule by which running sums do not depend on earlier channels."""
+    monkeypatch.setattr("fxprune.graph.operators._registered", {})
+    monkeypatch.setattr("fxprune.structure.rules.registry._registered", {})
+    operator_rule(torch.ops.aten.cumsum, pointwise=True)
+
+
+@pytest.mark.usefixtures("wrong_rule")
+def test_a_group_whose_removal_is_not_exact_is_told_apart() -> None:
+    program = trace(Summed().eval(), (torch.randn(1, 5),))
+    check, failing = check_removal(program, find_groups(program), 0)
+    ((group, why),) = failing.items()
+    assert group.name == "first.weight:0"
+    assert "removing units changes the output by" in why
+    assert check.passed
     assert (
-        check_removal(alone, find_groups(alone), 0).note == "there is no group with removable units"
+        check.note == "3 random units of 1 group; 1 group that cannot be removed keep their shapes"
     )
 
 
-def test_removal_that_is_not_exact_names_the_group(
-    program: Program, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def verify(program: Program, doomed: Mapping[Group, Sequence[int]]) -> RemovalCheck:
-        wrong = any(group.name.startswith("2.weight") for group in doomed)
-        return RemovalCheck(0.5 if wrong else 0.0)
+def raising(program: Program, chosen: Mapping[Group, Sequence[int]]) -> RemovalCheck:
+    """Stand for a removal that breaks the graph of the second layer."""
+    if any(group.name.startswith("second") for group in chosen):
+        raise PostconditionError("the graph does not run")
+    return RemovalCheck(0.0)
 
-    monkeypatch.setattr(checks, "verify_removal", verify)
-    with pytest.raises(PostconditionError, match=r"by 5.0e-01 .*because of 2\.weight:0; protect"):
-        check_removal(program, find_groups(program), 0)
+
+def test_a_group_whose_removal_raises_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxprune.structure.verify.verify_removal", raising)
+    program = trace(Summed().eval(), (torch.randn(1, 5),))
+    monkeypatch.setattr("fxprune.graph.operators._registered", {})
+    monkeypatch.setattr("fxprune.structure.rules.registry._registered", {})
+    operator_rule(torch.ops.aten.cumsum, pointwise=True)
+    found = failing_groups(program, sample_units(find_groups(program), 0.5), 1e-5)
+    assert [group.name for group in found] == ["second.weight:0"]
+    assert "(PostconditionError: the graph does not run)" in next(iter(found.values()))
+
+
+@pytest.mark.usefixtures("wrong_rule")
+def test_a_compile_freezes_the_group_and_goes_on(tmp_path: Path) -> None:
+    data = [(torch.randn(5), n % 3) for n in range(40)]
+    result = compile(
+        Summed().eval(), data=data, pipeline="annotate-sensitivity{criterion=magnitude-l2},"
+        "plan-channels{params=147},remove-channels", int8=False, out=tmp_path,
+        latency_seconds=0.2,
+    )  # fmt: skip
+    shapes = {name: tuple(t.shape) for name, t in result.program.graph_module.named_parameters()}
+    assert shapes["first.weight"] == (8, 5)
+    assert shapes["second.weight"][0] < 12
+    frozen = {item.name: item.frozen_because for item in result.report.groups}
+    assert "removing units changes the output" in (frozen["first.weight:0"] or "")
 
 
 @pytest.mark.parametrize(

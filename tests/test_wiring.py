@@ -181,7 +181,12 @@ def test_a_frozen_dimension_names_operator_module_line_and_cause() -> None:
     program = fxprune.trace(model, (torch.randn(2, 3, 8, 8),))
     group = next(g for g in fxprune.find_groups(program) if len(g.units) == 16)
     reason = group.frozen_because or ""
-    for word in ("a softmax shares", "aten.softmax.int at node softmax", "module part", "test_wir"):
+    for word in (
+        "a softmax normalises",
+        "aten.softmax.int at node softmax",
+        "module part",
+        "test_wir",
+    ):
         assert word in reason
     image = next(g for g in fxprune.find_groups(program) if len(g.units) == 3)
     assert "it meets dimension 1 of x, an input of the model" in (image.frozen_because or "")

@@ -77,6 +77,18 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Frozen:
+    """What was found out to be not removable, though the rules of its operators permit it.
+
+    Attributes:
+        why: by slot, the reason; its units, and those that are removed with them, stay.
+
+    """
+
+    why: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Masks:
     """Zeros that every later pass keeps: by parameter name, a bool tensor, true where kept."""
 
@@ -117,6 +129,7 @@ class Quantized:
 
 SENSITIVITY: Fact[Sensitivity] = Fact("sensitivity")
 PLAN: Fact[Plan] = Fact("plan")
+FROZEN: Fact[Frozen] = Fact("frozen")
 MASKS: Fact[Masks] = Fact("masks")
 REMOVED: Fact[Removed] = Fact("removed")
 OBSERVED: Fact[Quantized] = Fact("observed")

@@ -9,7 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, final, get_type_hints
 
 from fxprune.errors import PostconditionError, PreconditionError
-from fxprune.graph.facts import MASKS
+from fxprune.graph.facts import FROZEN, MASKS
 from fxprune.graph.program import Fact, Program
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.values import check_choice, choices_of, show
@@ -130,7 +130,7 @@ class Pass(ABC):
             )
         outcome = self.run(program, context)
         if outcome.changes:
-            survivors = {fact.name for fact in self.keeps | self.gives}
+            survivors = {fact.name for fact in self.keeps | self.gives | {FROZEN}}
             program.facts = {k: v for k, v in program.facts.items() if k in survivors}
         program.verify()
         self._check_promises(program, context, outcome)

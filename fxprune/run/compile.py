@@ -157,10 +157,10 @@ def _run(
     start = time.perf_counter()
     with _seeded(options), _output_folder(out) as folder:
         with staged(folder) as staging:
-            job = with_searched_targets(make_job(model, example_inputs, data, options))
+            job, checks = _check_before(make_job(model, example_inputs, data, options))
+            job = with_searched_targets(job)
             checkpoint = checkpoint_of(job, folder if out else None)
             with resumable(checkpoint), tempfile.TemporaryDirectory(dir=staging) as scratch:
-                checks = _check_before(job)
                 accuracy = job.judge.program(job.dense, "evaluating the dense model")
                 candidates = run_passes(job, checkpoint)
                 measured = measure_candidates(job, candidates, Path(scratch))
@@ -176,12 +176,15 @@ def _run(
     return Result(chosen.program, report, {name: folder / name for name in names} if out else {})
 
 
-def _check_before(job: Job) -> dict[str, Check]:
-    """Check that removal is exact before anything is removed."""
+def _check_before(job: Job) -> tuple[Job, dict[str, Check]]:
+    """Check that removal is exact before anything is removed; groups that fail are frozen."""
     if not job.options.verify:
-        return {"zero_then_remove": Check.skipped("--no-verify was given")}
+        return job, {"zero_then_remove": Check.skipped("--no-verify was given")}
     job.options.progress.say("checking that removal is exact (zero-then-remove)")
-    return {"zero_then_remove": check_removal(job.dense, job.groups, job.options.seed)}
+    check, failing = check_removal(job.dense, job.groups, job.options.seed)
+    for group, why in failing.items():
+        job.options.progress.note(f"{group.name} keeps its shape: {why}; please report it")
+    return job.without(failing), {"zero_then_remove": check}
 
 
 def _check_after(job: Job, chosen: Measured, before: Evaluation, path: Path) -> dict[str, Check]:

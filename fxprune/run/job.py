@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from fxprune.calibration.running import fixed_batch
 from fxprune.data.batches import batches
 from fxprune.data.roles import Data, as_data, subset, without_labels
 from fxprune.errors import InputError
-from fxprune.graph.facts import CONVERTED, OBSERVED, PLAN
+from fxprune.graph.facts import CONVERTED, FROZEN, OBSERVED, PLAN, Frozen
 from fxprune.graph.program import Program
 from fxprune.graph.trace import required_inputs, trace
 from fxprune.pipeline.context import Context
@@ -61,6 +61,15 @@ class Job:
             self.data, options.device, options.seed, options.loss, self.dense, options.progress,
             options.threads or 1,
         )  # fmt: skip
+
+    def without(self, failing: Mapping[Group, str]) -> Job:
+        """Return the job with groups frozen, for the reasons that are given."""
+        if not failing:
+            return self
+        why = {str(slot): reason for group, reason in failing.items() for slot in group.slots}
+        earlier = self.dense.facts.get(FROZEN.name)
+        self.dense.put(FROZEN, Frozen({**earlier.why, **why} if earlier else why))
+        return replace(self, groups=find_groups(self.dense, attention_of(self.pipeline)))
 
     @property
     def fp32_pipeline(self) -> Pipeline:

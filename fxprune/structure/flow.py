@@ -282,8 +282,6 @@ class Flow:
 
     def settle(self, node: fx.Node, key: int, ids: Tensor) -> tuple[DimLabels, ...]:
         """Turn moved identities into entries, choosing one factor where a dimension was split."""
-        if not ids.numel():
-            return ()
         found = gather(ids)
         if isinstance(found, DimLabels):
             return (found,)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fxprune.graph.facts import Preference, Slot
+from fxprune.graph.facts import FROZEN, Preference, Slot
 from fxprune.graph.notebook import html_table, plural
 from fxprune.graph.program import Program
 from fxprune.structure.choices import Choices, Survey
@@ -143,13 +143,23 @@ def find_groups(program: Program, prefer: Preference = "heads") -> Groups:
 def analyse(program: Program, prefer: Preference = "heads") -> Analysis:
     """Run the flow (twice where a dimension was split) and collect units and groups."""
     rules = known_rules()
-    flow = Flow(program, rules, Choices(), Survey()).run()
+    flow = _run(Flow(program, rules, Choices(), Survey()))
     if flow.survey is not None and flow.survey.factors:
         choices = flow.survey.decide(flow.merges, prefer)
         del flow  # what it knows takes as much memory as what the next one will
-        flow = Flow(program, rules, choices).run()
+        flow = _run(Flow(program, rules, choices))
     component, reasons = flow.merges.components()
     return Analysis(flow, component, _collect(flow, component, reasons, prefer))
+
+
+def _run(flow: Flow) -> Flow:
+    """Label every value, and freeze what was found out to be not removable."""
+    flow.run()
+    frozen = flow.program.facts.get(FROZEN.name)
+    for slot, why in frozen.why.items() if frozen else ():
+        if (ids := flow.slots.get(Slot.parse(slot))) is not None:
+            flow.merges.freeze(ids, Reason("", why))
+    return flow
 
 
 def _collect(flow: Flow, component: Ints, reasons: Ints, prefer: Preference) -> tuple[Group, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxprune.errors import FxpruneError
 from fxprune.graph.comparison import worst_error
 from fxprune.graph.draws import FixedDraws
 from fxprune.graph.functionalize import state_kept
@@ -126,3 +127,45 @@ def sample_units(groups: Sequence[Group], share: float, seed: int = 0) -> dict[G
             count = min(max(round(share * total), 1), total - 1)
             chosen[group] = sorted(random.choice(total, count, replace=False).tolist())
     return chosen
+
+
+def failing_groups(
+    program: Program, chosen: Mapping[Group, Sequence[int]], limit: float
+) -> dict[Group, str]:
+    """Return the groups that cannot be removed as they should, and what happens instead.
+
+    Groups that only fail together are told apart by halves: without those that are returned, the
+    others can be removed.
+
+    Args:
+        program: the program that the groups were found in.
+        chosen: for each group, the numbers of units to try.
+        limit: the largest relative error that counts as exact.
+
+    """
+    fault = _fault(program, chosen, limit)
+    if fault is None:
+        return {}
+    groups = list(chosen)
+    if len(groups) == 1:
+        return {groups[0]: fault}
+    halves = [groups[: len(groups) // 2], groups[len(groups) // 2 :]]
+    found: dict[Group, str] = {}
+    for half in halves:
+        found |= failing_groups(program, {group: chosen[group] for group in half}, limit)
+    if not found:
+        found = dict.fromkeys(halves[1], f"it cannot be removed together with others: {fault}")
+    return found
+
+
+def _fault(program: Program, chosen: Mapping[Group, Sequence[int]], limit: float) -> str | None:
+    """What is wrong with removing these units; None if nothing is."""
+    exact = {group: units for group, units in chosen.items() if not group.mixed_by}
+    try:
+        remove_units(program.copy(), chosen)
+        error = verify_removal(program, exact).error if exact else None
+    except (FxpruneError, RuntimeError, TypeError, ValueError, LookupError) as fault:
+        return f"removing units fails ({type(fault).__name__}: {str(fault).splitlines()[0]})"
+    if error is not None and not error <= limit:
+        return f"removing units changes the output by {error:.1e} of its size (limit {limit:g})"
+    return None

@@ -44,8 +44,9 @@ def contract(
         found = flow.align(node, [(labels, dim) for _, labels, dim in places], max(out_dim, 0))
         if out_dim >= 0:
             entries += found
-        else:
-            reads.append(Read(places[0][0], places[0][2]))
+        else:  # sizes of one are read as often as the others are long
+            path, _, dim = next((at for at in places if at[1].shape[at[2]] > 1), places[0])
+            reads.append(Read(path, dim))
     flow.reads[node] = flow.reads.get(node, ()) + tuple(reads)
     return Labels(tuple(node.meta["val"].shape), entries)
 
@@ -238,6 +239,8 @@ def tensordot(flow: Flow, node: fx.Node) -> Any:
     first, second = letters[: len(left.shape)], list(letters[len(left.shape) :])
     summed = ""
     for dim, other in zip(given["dims_self"], given["dims_other"], strict=True):
+        if left.shape[dim] != right.shape[other]:
+            raise NotCovered("it sums one side before it multiplies")
         second[other % len(second)] = first[dim]
         summed += first[dim]
     result = "".join(letter for letter in [*first, *second] if letter not in summed)

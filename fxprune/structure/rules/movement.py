@@ -79,6 +79,8 @@ def replay(flow: Flow, node: fx.Node, source: Labels, movement: Any) -> Any:
     """Label a node's outputs by what ``movement`` does to each entry of ``source``."""
     value = node.meta["val"]
     shapes = _shapes(value)
+    if source.entries and any(0 in shape for shape in shapes):
+        raise NotCovered("one of its results has no elements")
     collected: list[list[DimLabels]] = [[] for _ in shapes]
     for entry in source.entries:
         moved = movement(spread(entry, source.shape))

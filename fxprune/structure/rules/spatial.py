@@ -36,8 +36,8 @@ def grid_sample(flow: Flow, node: fx.Node) -> Any:
     """Channels pass; positions come from the grid."""
     flow.freeze_all(node, [node.args[1]], "it holds sampling positions")  # type: ignore[list-item]
     operand = flow.labels(node.args[0])
-    entries = tuple(entry for entry in operand.entries if entry.dim < 2)
-    return Labels(tuple(node.meta["val"].shape), entries)
+    flow.freeze(node, operand.without(1), "it is sampled as space")
+    return Labels(tuple(node.meta["val"].shape), tuple(operand.at(1)))
 
 
 def embedding(flow: Flow, node: fx.Node) -> Any:
