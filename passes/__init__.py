@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 
 from fxprune.errors import InputError
 from fxprune.passes.annotate_sensitivity import AnnotateSensitivity
+from fxprune.passes.apply_plan import ApplyPlan
 from fxprune.passes.convert_quantized import ConvertQuantized
 from fxprune.passes.finetune import Finetune
 from fxprune.passes.fold_batchnorm import FoldBatchNorm
@@ -23,6 +24,7 @@ from fxprune.passes.train_quantized import TrainQuantized
 from fxprune.pipeline.contract import Pass
 
 ALL: tuple[type[Pass], ...] = (
+    ApplyPlan,
     RemoveBlocks,
     AnnotateSensitivity,
     PlanChannels,
@@ -42,6 +44,7 @@ ALL: tuple[type[Pass], ...] = (
 __all__ = [
     "ALL",
     "AnnotateSensitivity",
+    "ApplyPlan",
     "ConvertQuantized",
     "Finetune",
     "FoldBatchNorm",

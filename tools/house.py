@@ -20,7 +20,7 @@ import networkx as nx
 LAYERS = (
     "errors", "host", "files", "graph", "structure", "models", "data", "pipeline", "calibration",
     "onnx", "sensitivity", "planning", "latency", "reconstruction", "implants", "training",
-    "quantization", "passes", "report", "run", "cli", "__init__", "__main__",
+    "quantization", "search", "passes", "report", "run", "cli", "__init__", "__main__",
 )  # fmt: skip
 
 # Where a dictionary from operators to anything belongs: one record per family of operators.

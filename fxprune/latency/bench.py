@@ -84,7 +84,11 @@ def open_bench(
 
 
 def calibrate(
-    nodes: Mapping[str, Profiled], whole: float, us: float, elements: float
+    nodes: Mapping[str, Profiled],
+    whole: float,
+    us: float,
+    elements: float,
+    layers: frozenset[str] = LAYERS,
 ) -> Calibration:
     """Split a network's latency into layers, other operators and the rest, as in its profile.
 
@@ -93,9 +97,10 @@ def calibrate(
         whole: the latency, in milliseconds.
         us: the time of its layers by the table, in microseconds.
         elements: number of elements computed outside of layers.
+        layers: the operators that are layers.
 
     """
-    in_layers = sum(node.us for node in nodes.values() if node.operator in LAYERS) / 1e3
+    in_layers = sum(node.us for node in nodes.values() if node.operator in layers) / 1e3
     total = sum(node.us for node in nodes.values()) / 1e3
     scale = min(1.0, whole / total) if total else 1.0  # a profile's own cost is not the network's
     per_us = scale * in_layers / us if us else 0.0

@@ -73,6 +73,11 @@ def configs_of(program: Program) -> list[LayerConfig]:
     return [_config(layer) for layer in layers(program, batch_of(program))]
 
 
+def configs_of_node(node: fx.Node, batch: int) -> list[LayerConfig]:
+    """Return the layers that a node stands for, for one sample: none, one or two."""
+    return [_config(layer) for layer in layers_of(node, batch)]
+
+
 def config_of(node: fx.Node, batch: int) -> LayerConfig | None:
     """Return the operator that a node is, for one sample; None if it is not timed, or is several.
 

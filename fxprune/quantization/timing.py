@@ -13,18 +13,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import networkx as nx
+import torch
 from torch import Tensor, fx
 
 from fxprune.graph.cost import batch_of
+from fxprune.graph.node_args import packet_of
 from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program, shape_of
 from fxprune.latency.layer_config import FORMS, LayerConfig, conversion
 from fxprune.latency.layers import Kind
 from fxprune.latency.table import Table
-from fxprune.latency.terms import config_of
+from fxprune.latency.terms import config_of, configs_of_node
 from fxprune.pipeline.progress import Tracker
 from fxprune.quantization.patterns import is_move, pattern_of
 
+aten = torch.ops.aten
 # Activations that ONNX Runtime computes within the FP32 convolution before them, but for SiLU,
 # which needs the channels in their usual order.
 ACTIVATIONS: tuple[Kind, ...] = ("sigmoid", "silu", "hard-sigmoid", "hard-swish")
@@ -62,25 +65,60 @@ def layer_timings(
     program: Program, layers: Collection[fx.Node], table: Table, progress: Tracker
 ) -> dict[fx.Node, LayerTiming]:
     """Time layers in both forms and divide them so that the whole takes least."""
+    conversions = _conversions(program, table, progress)
+    times = _times(program, layers, conversions, table, progress)
+    graph = _network(program, times, conversions)
+    quantized, _ = nx.minimum_cut(graph, "int8", "fp32")[1]
+    return {node: LayerTiming(*pair, node.name in quantized) for node, pair in times.items()}
+
+
+def least_us(program: Program, table: Table, progress: Tracker) -> float:
+    """Return the microseconds of all layers of a program in the forms in which they take least.
+
+    Layers that have weights run in either form, conversions counted; other layers, such as
+    products of activations, run in FP32. Batch norms count as folded.
+    """
+    patterns = {node: pattern_of(node) for node in program.graph.nodes}
+    layers = [node for node, one in patterns.items() if one is not None and one.weight is not None]
+    conversions = _conversions(program, table, progress)
+    times = _times(program, layers, conversions, table, progress)
+    graph = _network(program, times, conversions)
+    batch = batch_of(program)
+    others = [
+        config
+        for node in program.graph.nodes
+        if node not in times
+        for config in configs_of_node(node, batch)
+    ]
+    table.fill(others, progress)
+    return float(nx.minimum_cut_value(graph, "int8", "fp32")) + float(table.us(others).sum())
+
+
+def _times(
+    program: Program,
+    layers: Collection[fx.Node],
+    conversions: Mapping[fx.Node, Conversions],
+    table: Table,
+    progress: Tracker,
+) -> dict[fx.Node, tuple[float, float]]:
+    """Return the microseconds of layers in INT8 and in FP32."""
     batch = batch_of(program)
     configs = {node: one for node in layers if (one := config_of(node, batch)) is not None}
     table.fill(configs.values(), progress, FORMS)
-    conversions = _conversions(program, batch, table, progress)
     times = {}
     for node, one in configs.items():
         fp32 = table.ms(one, "fp32") * 1e3
         if _follows_convolution(node) and one.kind in ACTIVATIONS:
             fp32 = conversions[node].rearrange + fp32 if one.kind == "silu" else 0.0
         times[node] = table.ms(one, "int8") * 1e3, fp32
-    graph = _network(program, times, conversions)
-    quantized, _ = nx.minimum_cut(graph, "int8", "fp32")[1]
-    return {node: LayerTiming(*pair, node.name in quantized) for node, pair in times.items()}
+    return times
 
 
 def _conversions(
-    program: Program, batch: int, table: Table, progress: Tracker
+    program: Program, table: Table, progress: Tracker
 ) -> dict[fx.Node, Conversions]:
     """Return what it takes to convert each activation."""
+    batch = batch_of(program)
     nodes = [node for node in program.graph.nodes if _is_activation(node)]
     wanted = {node: _conversion_configs(node, batch) for node in nodes}
     table.fill({one for configs in wanted.values() for one in configs}, progress, FORMS)
@@ -141,7 +179,8 @@ def _elements(node: fx.Node, batch: int) -> int:
 def _follows(node: fx.Node) -> bool:
     """Whether a node takes INT8 where it gets it, and passes it on."""
     pattern = pattern_of(node)
-    follows = pattern is not None and pattern.follows
+    folded = packet_of(node) is aten.batch_norm  # into the layer before it
+    follows = folded or (pattern is not None and pattern.follows)
     return follows or is_move(node) or operator_of(node).clamps
 
 

@@ -128,6 +128,30 @@ class TargetEntry:
         return text if self.predicted is None else f"{text}, {self.predicted:.3g} ms predicted"
 
 
+@dataclass(frozen=True)
+class FrontierPoint:
+    """A model of the frontier.
+
+    Attributes:
+        name: the speed-up that was asked for, such as ``2x``.
+        latency_ms: of the file, as measured.
+        speedup: over the dense model in FP32.
+        accuracy: of the file on the evaluation samples, from 0 to 1; None if unknown.
+        drop: percentage points lost, with the paired 90 % interval; None if unknown.
+        onnx_bytes: size of the file.
+        precision: the form that was kept.
+
+    """
+
+    name: str
+    latency_ms: float
+    speedup: float
+    accuracy: float | None
+    drop: str | None
+    onnx_bytes: int
+    precision: str
+
+
 @dataclass(frozen=True, repr=False)
 class RunReport:
     """All that one run of ``fxprune.compile`` found; ``content`` gives the stable keys."""
@@ -144,6 +168,7 @@ class RunReport:
     speedup: tuple[float, float, float] | None = None
     seconds: float = 0.0
     trials: tuple[Trial, ...] = ()
+    frontier: tuple[FrontierPoint, ...] = ()
     precision: Precision | None = None
 
     @property
@@ -201,6 +226,7 @@ class RunReport:
             "seconds": self.seconds,
             "precision": None if self.precision is None else asdict(self.precision),
             "trials": [asdict(trial) for trial in self.trials],
+            "frontier": [asdict(point) for point in self.frontier],
             "notes": list(self.notes),
             "environment": dict(self.environment),
         }

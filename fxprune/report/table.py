@@ -46,6 +46,7 @@ def _accuracy(before: float | None, after: float | None) -> Row:
 def print_report(report: RunReport, console: Console) -> None:
     """Print the tables that a run ends with."""
     trials = [_trials(report)] if report.trials else []
+    trials += [_frontier(report)] if report.frontier else []
     tables = [_short(table) for table in report.tables]
     console.print(Group(_figures(report), *trials, _passes(report), *tables, *_verdicts(report)))
 
@@ -83,6 +84,17 @@ def _short(content: ReportTable) -> RenderableType:
     for row in rows[:SHORT]:
         table.add_row(*map(Text, row))
     return Group(Text(f"{content.title}{more}"), table)
+
+
+def _frontier(report: RunReport) -> Table:
+    table = Table("frontier", "ms", "speed-up", "accuracy", "kept as", "loss", box=None)
+    for point in report.frontier:
+        accuracy = "-" if point.accuracy is None else f"{100 * point.accuracy:.2f} %"
+        table.add_row(
+            point.name, f"{point.latency_ms:.3f}", f"{point.speedup:.2f}x", accuracy,
+            point.precision.upper(), point.drop or "-",
+        )  # fmt: skip
+    return table
 
 
 def _trials(report: RunReport) -> Table:

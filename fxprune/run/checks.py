@@ -22,6 +22,7 @@ from fxprune.report.content import Check
 from fxprune.run.quantized_checks import DISAGREEMENT
 from fxprune.structure.groups import Group
 from fxprune.structure.verify import failing_groups, sample_units, verify_removal
+from fxprune.training.comparison import paired_drop
 from fxprune.training.evaluate import Evaluation
 
 EXACT = 1e-5  # relative, single precision
@@ -102,7 +103,7 @@ def result_checks(
         apart = abs(after.accuracy - in_file.accuracy)
         checks["onnx_accuracy"] = Check.of(apart, limit, "ONNX Runtime compared with PyTorch")
     if max_drop is not None:
-        checks["max_drop"] = _drop(before, in_file, max_drop)
+        checks["max_drop"] = check_drop(before, in_file, max_drop)
     return checks
 
 
@@ -112,10 +113,22 @@ def accuracy_limit(checks: Mapping[str, Check]) -> float:
     return max(DISAGREEMENT, (agreement and agreement.limit) or 0.0)
 
 
-def _drop(before: Evaluation, after: Evaluation, limit: float) -> Check:
+def check_drop(before: Evaluation, after: Evaluation, limit: float) -> Check:
+    """Compare the accuracy lost, in percentage points, with a limit.
+
+    The upper end of the paired 90 % interval must be within it. Where at most half of the limit is
+    lost and there are too few samples for an interval that narrow, the mean decides, and the note
+    says how many samples would be needed.
+    """
     if before.accuracy is None or after.accuracy is None:
         return Check(True, False, None, limit, "accuracy could not be measured")
-    return Check.of(100 * (before.accuracy - after.accuracy), limit, "points of accuracy lost")
+    drop = paired_drop(before, after)
+    if drop is None:
+        return Check.of(100 * (before.accuracy - after.accuracy), limit, "points of accuracy lost")
+    if drop.upper > limit and drop.points <= limit / 2:
+        needed = drop.samples_needed(limit)
+        return Check.of(drop.points, limit, f"{drop}; to be sure, {needed:,} would be needed")
+    return Check.of(drop.upper, limit, str(drop))
 
 
 def check_masks(program: Program, path: Path) -> Check:

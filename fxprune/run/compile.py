@@ -39,9 +39,11 @@ from fxprune.run.checks import (
     check_removal,
     result_checks,
 )
+from fxprune.run.frontier import parse_factors, write_points
 from fxprune.run.job import Job, checkpoint_of, make_job, with_searched_targets
-from fxprune.run.options import Options, make_options
+from fxprune.run.options import Objective, Options, make_options
 from fxprune.run.output import staged
+from fxprune.run.plan_search import attempts, keeps_promise, with_searched_plan
 from fxprune.run.reporting import make_report, write_files
 from fxprune.training.evaluate import Evaluation
 
@@ -70,6 +72,9 @@ def compile(
     data: Any = None,
     target: str | Iterable[str] | None = None,
     max_drop: float | None = Options.max_drop,
+    objective: Objective = Options.objective,
+    search_minutes: float = Options.search_minutes,
+    frontier: str | Iterable[str] | None = None,
     epochs: int = Options.epochs,
     steps: int = Options.steps,
     attention: Preference = Options.attention,
@@ -96,9 +101,13 @@ def compile(
         data: a dataset, a loader, a pair of tensors ``(x, y)``, a ``Data``, or a mapping with
             ``calibration``, ``train`` and ``eval`` to such.
         target: upper limits, such as ``macs=50%`` or ``latency=60%,size=1MB``, or a list of such
-            texts. Without it, a pipeline or ``max_drop``, ``macs=50%``.
-        max_drop: largest accuracy loss allowed, in percentage points; without ``target``, the
-            smallest model within it is searched for.
+            texts. Without it and without a pipeline, the fastest model within ``max_drop``.
+        max_drop: largest accuracy loss allowed, in percentage points; 1 in a search.
+        objective: what a search without ``target`` minimizes: ``latency``, ``size``, ``macs`` or
+            ``params``.
+        search_minutes: how long a search may take, in minutes.
+        frontier: speed-ups over the dense model, such as ``1.5x,2x,3x``, at which further models
+            are written into ``points/`` of ``out``; needs a search.
         epochs: of fine-tuning, over the training samples.
         steps: number of pruning rounds; the epochs are divided among them.
         attention: remove whole heads, or narrow every head.
@@ -127,6 +136,9 @@ def compile(
         target,
         pipeline,
         max_drop=max_drop,
+        objective=objective,
+        search_minutes=search_minutes,
+        frontier=() if frontier is None else parse_factors(frontier),
         epochs=epochs,
         steps=steps,
         attention=attention,
@@ -159,17 +171,23 @@ def _run(
         with staged(folder) as staging:
             job, checks = _check_before(make_job(model, example_inputs, data, options))
             job = with_searched_targets(job)
-            checkpoint = checkpoint_of(job, folder if out else None)
-            with resumable(checkpoint), tempfile.TemporaryDirectory(dir=staging) as scratch:
-                accuracy = job.judge.program(job.dense, "evaluating the dense model")
-                candidates = run_passes(job, checkpoint)
-                measured = measure_candidates(job, candidates, Path(scratch))
-                precision = select_precision(job, measured, accuracy)
-                chosen = measured.kept(precision)
+            accuracy = job.judge.program(job.dense, "evaluating the dense model")
+            asked = with_searched_plan(job)
+            with tempfile.TemporaryDirectory(dir=staging) as scratch:
+                for number, job in enumerate(attempts(asked)):
+                    checkpoint = checkpoint_of(job, folder if out else None)
+                    with resumable(checkpoint):
+                        candidates = run_passes(job, checkpoint)
+                        measured = measure_candidates(job, candidates, Path(scratch, str(number)))
+                        precision = select_precision(job, measured, accuracy)
+                        chosen = measured.kept(precision)
+                    if not job.alternatives or keeps_promise(job, accuracy, chosen.accuracy):
+                        break
                 chosen.emission.move_to(staging)
                 checks |= _check_after(job, chosen, accuracy, staging / "model.onnx")
                 checks |= _check_int8(job, measured)
-            report = make_report(job, measured, precision, accuracy, checks)
+                frontier = write_points(job, accuracy, staging)
+            report = make_report(job, measured, precision, accuracy, checks, frontier)
             report = replace(report, seconds=time.perf_counter() - start)
             names = write_files(job, chosen.program, report, staging)
         checkpoint.drop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from fxprune.planning.search import Limits, Trial, budgeted, search, winner
 from fxprune.run.checkpoint import Checkpoint, fingerprint
 from fxprune.run.checks import check_data
 from fxprune.run.measure import Judge
-from fxprune.run.options import Options, attention_of, resolve
+from fxprune.run.options import DEFAULT_TARGETS, Options, attention_of, resolve
+from fxprune.search.plan import NetworkPlan
 from fxprune.structure.groups import Group, find_groups
 
 
@@ -31,8 +32,19 @@ from fxprune.structure.groups import Group, find_groups
 class Job:
     """What a run works on: the dense program, its data, and what is asked of it.
 
-    ``trials`` are those of the search for targets, if there was one; ``notes`` say what was assumed
-    of the model and the data.
+    Attributes:
+        dense: the traced model; it stays as it is.
+        groups: of the dense program.
+        data: its samples by role.
+        pipeline: the passes.
+        targets: upper limits that the result is checked against.
+        options: everything else that was asked for.
+        trials: those of a search, if there was one.
+        alternatives: passes of safer results, tried in turn where the result loses too much.
+        notes: what was assumed of the model and the data, and what became of a search.
+        frontier: plans of further results, by speed-up.
+        search: every plan of the search, for search.json.
+
     """
 
     dense: Program
@@ -42,7 +54,10 @@ class Job:
     targets: tuple[Target, ...]
     options: Options
     trials: tuple[Trial, ...] = ()
+    alternatives: tuple[Pipeline, ...] = ()
     notes: tuple[str, ...] = ()
+    frontier: Mapping[str, NetworkPlan] = field(default_factory=dict)
+    search: Mapping[str, Any] | None = None
 
     @property
     def judge(self) -> Judge:
@@ -78,6 +93,20 @@ class Job:
         converts = [n for n, step in enumerate(steps) if CONVERTED in step.gives]
         starts = [n for n, step in enumerate(steps) if OBSERVED in step.gives]
         return Pipeline(steps[: starts[0]]) if starts and converts else self.pipeline
+
+    @property
+    def searches_plan(self) -> bool:
+        """Whether a plan for the whole network is searched for."""
+        options = self.options
+        if options.pipeline is not None or options.steps > 1:
+            return False
+        return all(target.name == "latency" for target in options.targets)
+
+    def with_default_targets(self, note: str) -> Job:
+        """Return the job with the targets of a run that neither names nor searches for any."""
+        options = replace(self.options, targets=DEFAULT_TARGETS)
+        pipeline, targets = resolve(options)
+        return replace(self, pipeline=pipeline, targets=targets, notes=(*self.notes, note))
 
     @property
     def choose_precision(self) -> bool:
@@ -149,7 +178,7 @@ def with_searched_targets(job: Job) -> Job:
     """Search for the targets of a job that plans and has only a limit on the accuracy lost."""
     drop = job.options.max_drop
     plans = any(PLAN in step.gives for step in job.pipeline)
-    if drop is None or job.targets or not plans:
+    if job.searches_plan or drop is None or job.targets or not plans:
         return job
     job.options.progress.say("searching for the smallest model within --max-drop")
     allowed = Limits(drop)

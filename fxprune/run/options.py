@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
@@ -14,6 +14,7 @@ from fxprune.errors import InputError
 from fxprune.graph.facts import Preference
 from fxprune.passes import (
     AnnotateSensitivity,
+    ApplyPlan,
     ConvertQuantized,
     Finetune,
     FoldBatchNorm,
@@ -31,7 +32,10 @@ from fxprune.pipeline.progress import Tracker
 from fxprune.pipeline.text import parse
 from fxprune.pipeline.values import check_choice
 from fxprune.planning.budget import Budget, Target
+from fxprune.search.plan import NetworkPlan
 
+Objective = Literal["latency", "size", "macs", "params"]
+DEFAULT_DROP = 1.0  # percentage points that a search may lose if no limit is given
 DEFAULT_TARGETS = (Target.parse("macs=50%"),)
 
 
@@ -43,6 +47,9 @@ class Options:
         targets: upper limits for the result.
         max_drop: largest accuracy loss allowed, in percentage points; without targets, the
             smallest model within it is searched for. None for no limit.
+        objective: what a search without targets minimizes.
+        search_minutes: how long a search may take.
+        frontier: speed-ups over the dense model, such as 2x, at which further models are written.
         epochs: of fine-tuning in the default pipeline; 0 for none.
         steps: pruning rounds of the default pipeline, which divides the epochs among them.
         attention: remove whole heads, or narrow every head, in the default pipeline.
@@ -65,11 +72,15 @@ class Options:
 
     # Those that a recipe's [run] may set.
     RECIPE_FIELDS: ClassVar[tuple[str, ...]] = (
-        "max_drop", "calibration", "batch_size", "seed", "device", "threads", "verify",
+        "max_drop", "objective", "search_minutes", "calibration", "batch_size", "seed", "device",
+        "threads", "verify",
     )  # fmt: skip
 
     targets: tuple[Target, ...] = ()
     max_drop: float | None = None
+    objective: Objective = "latency"
+    search_minutes: float = 15.0
+    frontier: tuple[str, ...] = ()
     epochs: int = 0
     steps: int = 1
     attention: Preference = "heads"
@@ -89,7 +100,7 @@ class Options:
 
     def __post_init__(self) -> None:
         at_least_one = ("steps", "batch_size", "calibration", "threads")
-        lowest = {"epochs": 0, "max_drop": 0, **dict.fromkeys(at_least_one, 1)}
+        lowest = {"epochs": 0, "max_drop": 0, "search_minutes": 0, **dict.fromkeys(at_least_one, 1)}
         for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and not value >= low:
@@ -100,6 +111,11 @@ class Options:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"the device '{self.device}' cannot be used: {reason}") from error
+
+    @property
+    def allowed_drop(self) -> float:
+        """Return the percentage points of accuracy that a search may lose."""
+        return DEFAULT_DROP if self.max_drop is None else self.max_drop
 
     def recipe_fields(self) -> dict[str, Any]:
         """Return what a recipe's ``[run]`` sets: everything that is not a default."""
@@ -148,8 +164,6 @@ def resolve(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
     """
     if options.pipeline is None:
         targets = options.targets
-        if options.max_drop is None:
-            targets = targets or DEFAULT_TARGETS
         codes = options.int8 is not False
         pipeline = default_pipeline(
             targets, options.epochs, options.steps, int8=codes, attention=options.attention
@@ -214,3 +228,17 @@ def default_pipeline(
         ]
     codes = (InsertObservers(), TrainQuantized(), ConvertQuantized()) if int8 else ()
     return Pipeline((*found, FoldBatchNorm(), *codes))
+
+
+def pipeline_for_plan(plan: NetworkPlan, options: Options) -> Pipeline:
+    """Return the passes that carry out a plan for the whole network and restore its accuracy."""
+    found: list[Pass] = []
+    if plan.branches or plan.units:
+        found = [
+            ApplyPlan(plan.branches, plan.units, plan.attention),
+            RecalibrateNorms(),
+            Reconstruct(lookahead="auto"),
+        ]
+    found += [Finetune(epochs=options.epochs)] * (options.epochs > 0)
+    int8 = (InsertObservers(), TrainQuantized(), ConvertQuantized())
+    return Pipeline((*found, FoldBatchNorm(), *(int8 if options.int8 is not False else ())))

@@ -73,9 +73,11 @@ def staged(folder: Path) -> Iterator[Path]:
     try:
         yield staging
         files = sorted(staging.iterdir(), key=lambda path: (path.name == "report.json", path.name))
-        for path in files:
+        for path in filter(Path.is_file, staging.rglob("*")):
             sync(path)
         for path in files:
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from fxprune.graph.program import Program
 from fxprune.pipeline.text import Recipe, write_recipe
 from fxprune.report.content import (
     Check,
+    FrontierPoint,
     GroupEntry,
     Measures,
     RunReport,
@@ -24,6 +26,7 @@ from fxprune.run.candidates import Measurements
 from fxprune.run.checkpoint import Journal
 from fxprune.run.job import Job
 from fxprune.run.measure import measures
+from fxprune.run.search_record import FILE
 from fxprune.structure.groups import Group
 from fxprune.training.evaluate import Evaluation
 
@@ -36,6 +39,7 @@ def make_report(
     precision: Precision | None,
     accuracy: Evaluation,
     checks: Mapping[str, Check],
+    frontier: tuple[FrontierPoint, ...] = (),
 ) -> RunReport:
     """Put together what a run found; ``accuracy`` is the dense model's."""
     chosen, options = measured.kept(precision), job.options
@@ -54,6 +58,7 @@ def make_report(
         journal.curves,
         chosen.emission.speedup,
         trials=job.trials,
+        frontier=frontier,
         precision=precision,
     )
 
@@ -90,6 +95,7 @@ def _group(group: Group, journal: Journal, small: Program) -> GroupEntry:
 def _notes(job: Job, journal: Journal, before: Evaluation) -> tuple[str, ...]:
     notes = list(job.notes)
     notes += [before.note] if before.note else []
+    notes += job.notes
     return (*notes, *(note for entry in journal.entries for note in entry.outcome.notes))
 
 
@@ -108,6 +114,8 @@ def _loss(job: Job, before: Evaluation, after: Evaluation) -> Iterator[str]:
 def write_files(job: Job, program: Program, report: RunReport, folder: Path) -> list[str]:
     """Write the program, the recipe and the report beside model.onnx; returns all names."""
     serialize.save(program, folder / "model.pt2")
+    if job.search is not None:
+        (folder / FILE).write_text(json.dumps(job.search), encoding="utf-8")
     (folder / "recipe.toml").write_text(_recipe(job, report), encoding="utf-8")
     (folder / "report.html").write_text(to_html(report), encoding="utf-8")
     (folder / "report.json").write_text(report.to_json(), encoding="utf-8")

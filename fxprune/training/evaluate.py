@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ class Evaluation:
         accuracy: the share of right predictions, from 0 to 1; None if the task has no classes.
         predictions: how many were judged: samples, or pixels or tokens where each has a class.
         note: what the accuracy is measured against, if not labels, or why there is none.
+        hits: for each prediction in the order of the samples, whether it is right.
 
     """
 
     accuracy: float | None
     predictions: int = 0
     note: str | None = None
+    hits: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 def evaluate(
@@ -62,7 +64,8 @@ def evaluate(
     """
     size = fixed_batch or batch_size
     steps = batches(samples, size, device=device)
-    right, judged, agreement = 0, 0, False
+    hits: list[Tensor] = []
+    agreement = False
     tracker = progress or Tracker()
     for batch in tracker.track(steps, text, total=-(-len(samples) // size)):
         inputs, count = _filled(batch.inputs, len(batch), fixed_batch)
@@ -78,14 +81,15 @@ def evaluate(
         if predicted is None:
             return Evaluation(None, 0, "the targets are not classes, so there is no accuracy")
         counted = target >= 0  # -100 marks tokens and pixels to leave out
-        right += int(((predicted == target) & counted).sum())
-        judged += int(counted.sum())
+        hits.append((predicted == target)[counted].cpu())
     note = (
         "the data has no labels: accuracy is the agreement with the dense model"
         if agreement
         else None
     )
-    return Evaluation(right / judged if judged else None, judged, note)
+    right = torch.cat(hits) if hits else torch.empty(0, dtype=torch.bool)
+    share = float(right.double().mean()) if len(right) else None
+    return Evaluation(share, len(right), note, right)
 
 
 def _filled(inputs: tuple[Any, ...], count: int, wanted: int | None) -> tuple[tuple[Any, ...], int]:

@@ -1,0 +1,1 @@
+"""The search over whole models: branches and units are removed, and real outputs judge."""
