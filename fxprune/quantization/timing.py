@@ -114,9 +114,7 @@ def _times(
     return times
 
 
-def _conversions(
-    program: Program, table: Table, progress: Tracker
-) -> dict[fx.Node, Conversions]:
+def _conversions(program: Program, table: Table, progress: Tracker) -> dict[fx.Node, Conversions]:
     """Return what it takes to convert each activation."""
     batch = batch_of(program)
     nodes = [node for node in program.graph.nodes if _is_activation(node)]
