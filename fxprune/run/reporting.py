@@ -95,7 +95,6 @@ def _group(group: Group, journal: Journal, small: Program) -> GroupEntry:
 def _notes(job: Job, journal: Journal, before: Evaluation) -> tuple[str, ...]:
     notes = list(job.notes)
     notes += [before.note] if before.note else []
-    notes += job.notes
     return (*notes, *(note for entry in journal.entries for note in entry.outcome.notes))
 
 
