@@ -75,7 +75,7 @@ def _obstacle(program: Program, norm: fx.Node) -> str | None:
     if any(not operator_of(layer).is_layer for layer in layers):
         return "its input is not a convolution or linear layer"
     if (shared := read_elsewhere(value)) is not None:
-        return f"the output of {shared.name} has other readers"
+        return f"the output of {shared.name} is used elsewhere too"
     if not all(isinstance(item, fx.Node) for item in norm.args[3:5]):
         return "it has no running statistics; it normalises by the batch even in evaluation"
     if norm.args[5]:

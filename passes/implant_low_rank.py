@@ -72,7 +72,9 @@ class ImplantLowRank(Pass):
         """Reorder, fit and replace; changes counts layers."""
         plan = program.get(PLAN)
         if plan.remove and (plan.implant or plan.kinds):
-            raise PreconditionError("the plan still has units to remove; run remove-channels first")
+            raise PreconditionError(
+                "the plan still contains units to remove; run remove-channels first"
+            )
         chosen = _chosen(program, plan)
         sites, skips = sites_of(program, chosen)
         affected = {

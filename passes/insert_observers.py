@@ -58,9 +58,7 @@ REDUCED_NOTE = (
     "the range of weights is reduced so that two products fit 16 bits, as processors without 8-bit "
     "dot products need"
 )
-NONE_GAINS_NOTE = (
-    "by the measured times no layer is faster in INT8 on this host; all were converted nevertheless"
-)
+NONE_GAINS_NOTE = "no layer was faster in INT8 on this host; all were converted anyway"
 
 
 @dataclass(frozen=True)

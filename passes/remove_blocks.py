@@ -137,7 +137,7 @@ def _distance(left: Tensor, right: Tensor) -> float:
 
 
 def _names(branch: Branch) -> tuple[str, ...]:
-    return branch.module, branch.add.name, *branch.weights
+    return tuple(filter(None, (branch.module, branch.add.name, *branch.weights)))
 
 
 def _checked(before: Program, after: Program, gone: tuple[Gone, ...]) -> float:
@@ -147,8 +147,8 @@ def _checked(before: Program, after: Program, gone: tuple[Gone, ...]) -> float:
     error = silence_error(before, branches, after)
     if not error <= EXACT:
         raise PostconditionError(
-            f"removing residual branches changed the output by {error:.1e} of its size; protect "
-            f"some of {', '.join(sorted(names)[:5])}, and please report it with the model"
+            f"removing residual branches changed the output by {error:.1e}, relative to its size; "
+            f"protect some of {', '.join(sorted(names)[:5])}, and please report this with the model"
         )
     return error
 

@@ -234,7 +234,11 @@ def test_much_lost_accuracy_gets_a_word_unless_it_was_allowed(max_drop: float | 
     assert report.after.accuracy is not None
     lost = 100 * (report.before.accuracy - report.after.accuracy)
     assert lost > 5
-    told = [note for note in report.notes if note.startswith(f"accuracy fell by {lost:.1f} points")]
+    told = [
+        note
+        for note in report.notes
+        if note.startswith(f"accuracy fell by {lost:.1f} percentage points")
+    ]
     assert len(told) == (max_drop is None)
 
 

@@ -109,7 +109,7 @@ class Tokens(nn.Module):
 
 
 REFUSED = {
-    "the output of conv2d has other readers": Fork(),
+    "the output of conv2d is used elsewhere too": Fork(),
     "the weight or bias of conv2d is shared with another layer": Shared(),
     "the weight or bias of conv2d is shared with another layer ": Tied(),
     "div is computed, not stored; fold needs constant weights": Computed(),
@@ -210,4 +210,4 @@ def test_folds_into_layers_that_a_concat_joins() -> None:
 def test_leaves_a_concat_whose_parts_have_other_readers() -> None:
     program = trace(randomise_norms(Joined(spare=True)), torch.randn(2, 3, 6, 6))
     (skip,) = FoldBatchNorm()(program, Context()).skips
-    assert skip.reason == "the output of conv2d has other readers"
+    assert skip.reason == "the output of conv2d is used elsewhere too"

@@ -48,5 +48,5 @@ class Context:
     def samples(self) -> Data:
         """The data, as datasets with roles; ``InputError`` if none was given."""
         if self.data is None:
-            raise InputError("this step needs data, and none was given; pass data= or --data")
+            raise InputError("this pass needs data; pass data= or --data")
         return as_data(self.data)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from fxprune.errors import BudgetError, InputError
 from fxprune.graph.cost import cost
 from fxprune.graph.facts import PLAN
+from fxprune.graph.notebook import plural
 from fxprune.graph.program import Program
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Pass
@@ -141,7 +142,9 @@ def winner(trials: tuple[Trial, ...], limits: Limits) -> Trial:
     nearest = min(told, key=lambda trial: trial.drop or 0.0, default=None)
     text = f"no budget keeps the accuracy within {limits.max_drop:g} points: "
     if nearest is None:
-        raise BudgetError(f"{text}none of {len(trials)} budgets could be met; {trials[-1].reason}")
+        raise BudgetError(
+            f"{text}none of the {plural(len(trials), 'budget')} could be met; {trials[-1].reason}"
+        )
     raise BudgetError(
         f"{text}{nearest.target} already loses {nearest.drop:.2f}; fine-tune with --epochs N, or "
         "allow a larger --max-drop"

@@ -152,7 +152,7 @@ def check_masks(program: Program, path: Path) -> Check:
             wrong += int((array[~keep] != 0).sum())
     found = len(masks.keep) - len(missing)
     if not found:
-        return Check.skipped("no masked weight is in the file as one tensor")
+        return Check.skipped("the file stores no masked weight as one tensor")
     note = f"{masks.pattern}: weights not zero in {found} masked tensors of the file"
     if missing:
         note += f"; not checked for {', '.join(missing[:3])}, not in it as one tensor"

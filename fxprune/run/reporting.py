@@ -105,8 +105,8 @@ def _loss(job: Job, before: Evaluation, after: Evaluation) -> Iterator[str]:
     lost = before.accuracy - after.accuracy
     if lost > MAX_UNMENTIONED_LOSS:
         yield (
-            f"accuracy fell by {100 * lost:.1f} points: use a milder --target, fine-tune with "
-            "--epochs N, or set a limit with --max-drop"
+            f"accuracy fell by {100 * lost:.1f} percentage points: use a milder --target, "
+            "fine-tune with --epochs N, or set a limit with --max-drop"
         )
 
 
