@@ -104,13 +104,13 @@ class ImplantAttention(Pass):
             skips += [draft for draft in tried if isinstance(draft, Skip)]
             for cut in cuts_of([draft for draft in tried if isinstance(draft, Draft)], groups):
                 (skips if isinstance(cut, Skip) else cuts).append(cut)  # type: ignore[arg-type]
-        told = [dict(_told(draft, cut.rank)) for cut in cuts for draft in cut.drafts]
+        details = [dict(_details(draft, cut.rank)) for cut in cuts for draft in cut.drafts]
         for cut in cuts:
             for draft in cut.drafts:
                 _change(program, draft, cut.rank, moments)
         remove_units(program, {cut.group: cut.units for cut in cuts})
         _rename(program, [draft for cut in cuts for draft in cut.drafts])
-        return Outcome(len(told), tuple(skips), {"products": told})
+        return Outcome(len(details), tuple(skips), {"products": details})
 
     @property
     def _products(self) -> tuple[Product, ...]:
@@ -168,7 +168,7 @@ def _rename(program: Program, drafts: list[Draft]) -> None:
         program.refresh()
 
 
-def _told(draft: Draft, rank: int) -> Iterator[tuple[str, Any]]:
+def _details(draft: Draft, rank: int) -> Iterator[tuple[str, Any]]:
     yield "attention", draft.attention.node.name
     yield "product", draft.product
     yield "rank", rank

@@ -85,13 +85,13 @@ class ImplantLowRank(Pass):
         skips += [*stuck, *whole[1]]
         places |= {site: list(range(_outputs(site))) for site in whole[0]}
         moments = measure(program, list(places), context, self._sampling)
-        changes, told = 0, list[dict[str, Any]]()
+        changes, details = 0, list[dict[str, Any]]()
         for site, rows in places.items():
             found = self._fitted(program, site, rows, moments[site.node.name], plan)
             if isinstance(found, str):
                 skips.append(Skip(site.node.name, found))
                 continue
-            told.append(_told(site, rows, found))
+            details.append(_details(site, rows, found))
             put_implant(program, site, rows, found)
             changes += 1
         if changes:
@@ -99,7 +99,7 @@ class ImplantLowRank(Pass):
         else:  # the units have other numbers if they were reordered for nothing
             implant = {group.name: tuple(units) for group, units in (chosen | dict(now)).items()}
             program.put(PLAN, replace(plan, implant=implant))
-        return Outcome(changes, tuple(skips), {"implants": told})
+        return Outcome(changes, tuple(skips), {"implants": details})
 
     @property
     def _sampling(self) -> Sampling:
@@ -158,7 +158,7 @@ def _outputs(site: Site) -> int:
     return shape_of(site.node)[site.channel_dim]
 
 
-def _told(site: Site, rows: list[int], implant: Implant) -> dict[str, Any]:
+def _details(site: Site, rows: list[int], implant: Implant) -> dict[str, Any]:
     return {
         "layer": site.weight,
         "kind": str(implant.kind),

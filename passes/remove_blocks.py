@@ -45,7 +45,7 @@ from fxprune.planning.blocks import Gone, Shift, remove_blocks
 from fxprune.planning.budget import Target
 from fxprune.structure.branches import Branch, find_branches, silence_error
 
-EXACT = 1e-5  # relative, single precision
+MAX_RELATIVE_ERROR = 1e-5  # relative, single precision
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _checked(before: Program, after: Program, gone: tuple[Gone, ...]) -> float:
     names = {one.add for one in gone}
     branches = [branch for branch in find_branches(before) if branch.add.name in names]
     error = silence_error(before, branches, after)
-    if not error <= EXACT:
+    if not error <= MAX_RELATIVE_ERROR:
         raise PostconditionError(
             f"removing residual branches changed the output by {error:.1e}, relative to its size; "
             f"protect some of {', '.join(sorted(names)[:5])}, and please report this with the model"

@@ -10,14 +10,14 @@ from fxprune.planning.greedy import approach, refill
 from fxprune.planning.problem import Problem
 from fxprune.structure.merging import Ints
 
-PATIENCE = 1.1  # a landing may cost this much more sensitivity than the overshoot did
-PAIRED = 1000  # about how many changes of one group are paired with each other
-CHECKED = 1024  # how many of these pairs are computed exactly, in batches
-BATCH = 256
-TRIED = 64  # how many changes of one group are followed by a landing of another
-MARGIN = 0.02  # how far off the sum of two changes may be from their joint effect
-ENUMERATED = 4096  # how many cuts are tried one by one before anything else
-TRADES = 100
+MAX_RELATIVE_LOSS = 1.1  # a landing may cost this much more sensitivity than the overshoot did
+MAX_PAIRED_CHANGES = 1000  # about how many changes of one group are paired with each other
+MAX_EXACT_PAIRS = 1024  # how many of these pairs are computed exactly, in batches
+PAIRS_PER_BATCH = 256
+MAX_FOLLOWED_CHANGES = 64  # how many changes of one group are followed by a landing of another
+MAX_INTERACTION = 0.02  # how far off the sum of two changes may be from their joint effect
+MAX_ENUMERATED_CUTS = 4096  # how many cuts are tried one by one before anything else
+MAX_TRADES = 100
 
 
 def land(problem: Problem, before: Ints, after: Ints) -> Ints | None:
@@ -28,7 +28,7 @@ def land(problem: Problem, before: Ints, after: Ints) -> Ints | None:
     cuts, the best of all is found.
     """
     spent = problem.total(after)
-    ceiling = spent + (PATIENCE - 1) * abs(spent)
+    ceiling = spent + (MAX_RELATIVE_LOSS - 1) * abs(spent)
     best = enumerate_cuts(problem, 0)
     if best is not None and problem.total(best) <= ceiling:
         return best
@@ -79,20 +79,23 @@ def two_changes(problem: Problem, removed: Ints, rounding: int, ceiling: float) 
 
     Pairs that land if the effects of two changes add up are looked at first, cheapest first.
     """
-    reach = max(1, min(6, PAIRED // (2 * len(problem.names))))
+    reach = max(1, min(6, MAX_PAIRED_CHANGES // (2 * len(problem.names))))
     found = problem.widths(rounding, removed, reach)
     one_share = (problem.value(removed) + found.values) / problem.limits
     share = one_share[:, None, :] + found.values / problem.limits
-    near = (share <= 1 + MARGIN).all(axis=2)
-    near &= (share >= 1 - problem.tolerance - MARGIN).any(axis=2)
+    near = (share <= 1 + MAX_INTERACTION).all(axis=2)
+    near &= (share >= 1 - problem.tolerance - MAX_INTERACTION).any(axis=2)
     spent = found.losses[:, None] + found.losses[None, :]
     near &= spent <= ceiling - problem.total(removed)
     near &= found.groups[:, None] < found.groups[None, :]
     first, second = np.nonzero(near)
     unlikely = ~problem.lands(share[first, second] * problem.limits)
-    order = np.lexsort((spent[first, second], unlikely))[:CHECKED]
-    for start in range(0, len(order), BATCH):
-        one, two = first[order[start : start + BATCH]], second[order[start : start + BATCH]]
+    order = np.lexsort((spent[first, second], unlikely))[:MAX_EXACT_PAIRS]
+    for start in range(0, len(order), PAIRS_PER_BATCH):
+        one, two = (
+            first[order[start : start + PAIRS_PER_BATCH]],
+            second[order[start : start + PAIRS_PER_BATCH]],
+        )
         cuts = np.repeat(removed[None], len(one), axis=0)
         cuts[np.arange(len(one)), found.groups[one]] = found.counts[one]
         cuts[np.arange(len(one)), found.groups[two]] = found.counts[two]
@@ -105,9 +108,9 @@ def two_changes(problem: Problem, removed: Ints, rounding: int, ceiling: float) 
 
 def change_and_land(problem: Problem, removed: Ints, rounding: int, ceiling: float) -> Ints | None:
     """Return the cheapest landing, up to a ceiling, that differs in two groups, little in one."""
-    near = problem.widths(rounding, removed, reach=TRIED // len(problem.names) + 1)
+    near = problem.widths(rounding, removed, reach=MAX_FOLLOWED_CHANGES // len(problem.names) + 1)
     best = None
-    for number in np.argsort(near.losses, kind="stable")[:TRIED].tolist():
+    for number in np.argsort(near.losses, kind="stable")[:MAX_FOLLOWED_CHANGES].tolist():
         found = one_change(problem, near.apply(removed, number), rounding, ceiling)
         if found is not None:
             best, ceiling = found, problem.total(found)
@@ -117,18 +120,20 @@ def change_and_land(problem: Problem, removed: Ints, rounding: int, ceiling: flo
 def enumerate_cuts(problem: Problem, rounding: int) -> Ints | None:
     """Return the cheapest landing of all, if there are few enough cuts to try them all."""
     levels = problem.levels[rounding]
-    if math.prod(len(level) for level in levels) > ENUMERATED:
+    if math.prod(len(level) for level in levels) > MAX_ENUMERATED_CUTS:
         return None
     grid = np.meshgrid(*levels, indexing="ij")
     cuts = np.stack([axis.reshape(-1) for axis in grid], axis=1)
-    parts = [cuts[start : start + BATCH] for start in range(0, len(cuts), BATCH)]
+    parts = [
+        cuts[start : start + PAIRS_PER_BATCH] for start in range(0, len(cuts), PAIRS_PER_BATCH)
+    ]
     lands = np.concatenate([problem.lands(problem.costs.values(part)) for part in parts])
     return min(cuts[lands], key=problem.total, default=None)
 
 
 def trade(problem: Problem, removed: Ints) -> Ints:
     """Change one or two groups at a time as long as the cut lands and spends less."""
-    for _ in range(TRADES):
+    for _ in range(MAX_TRADES):
         spent = problem.total(removed)
         ceiling = spent - 1e-9 * abs(spent) - 1e-300
         tried = (search(problem, removed, 0, ceiling) for search in (one_change, two_changes))

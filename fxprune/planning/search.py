@@ -21,7 +21,7 @@ from fxprune.pipeline.contract import Pass
 from fxprune.pipeline.driver import Pipeline
 from fxprune.planning.budget import Name, Target
 
-Judge = Callable[[Program], float | None]  # accuracy from 0 to 1; None if it cannot be told
+Judge = Callable[[Program], float | None]  # accuracy from 0 to 1; None if it cannot be measured
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Limits:
         name: the quantity that is made small.
         trials: how many budgets are tried at most.
         first: the share of the dense cost that is tried first.
-        resolution: two budgets closer than this, as a ratio, are not told apart.
+        resolution: two budgets closer than this, as a ratio, count as one.
 
     """
 
@@ -138,8 +138,8 @@ def winner(trials: tuple[Trial, ...], limits: Limits) -> Trial:
     fitting = [trial for trial in trials if trial.fits]
     if fitting:
         return min(fitting, key=lambda trial: trial.share)
-    told = [trial for trial in trials if trial.drop is not None]
-    nearest = min(told, key=lambda trial: trial.drop or 0.0, default=None)
+    with_accuracy = [trial for trial in trials if trial.drop is not None]
+    nearest = min(with_accuracy, key=lambda trial: trial.drop or 0.0, default=None)
     text = f"no budget keeps the accuracy within {limits.max_drop:g} points: "
     if nearest is None:
         raise BudgetError(

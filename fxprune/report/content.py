@@ -18,8 +18,8 @@ from fxprune.planning.budget import Target
 from fxprune.planning.search import Trial
 from fxprune.report.precision import Precision
 
-TOLERANCE = 0.01  # a target is met within one per cent
-NOISE = 0.05  # and one of latency within five, since two runs of one model differ by as much
+TARGET_TOLERANCE = 0.01  # a target is met within one per cent
+LATENCY_TOLERANCE = 0.05  # two runs of one model differ by as much
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class TargetEntry:
     limit: float
     value: float
     met: bool
-    tolerance: float = TOLERANCE
+    tolerance: float = TARGET_TOLERANCE
     predicted: float | None = None
 
     @classmethod
@@ -115,7 +115,7 @@ class TargetEntry:
         """Hold the small model's figures against a target."""
         value, dense = getattr(after, target.quantity), getattr(before, target.quantity)
         limit = target.limit(dense)
-        tolerance = NOISE if target.name == "latency" else TOLERANCE
+        tolerance = LATENCY_TOLERANCE if target.name == "latency" else TARGET_TOLERANCE
         met = value <= (1 + tolerance) * limit
         return cls(str(target), limit, value, met, tolerance, predicted)
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from fxprune.graph.program import Program, shape_of
 
 WIDTH, LINE, GAP_X, GAP_Y, LANE = 216.0, 15.0, 22.0, 30.0, 10.0  # pixels; a lane carries a line
-CHARACTERS = 30  # that fit a line of a box
+MAX_LINE_CHARACTERS = 30  # that fit a line of a box
 SWEEPS = 6
 
 
@@ -207,7 +207,10 @@ def _text(chain: Chain) -> tuple[str, tuple[str, ...]]:
         return first.name, (_shape(first),) if first.op == "placeholder" else ()
     stack = list((first.meta.get("nn_module_stack") or {"": ("", "")}).values())
     operators = " \u00b7 ".join(_operator(node) for node in chain)
-    return (stack[-1][0] or first.name), (*textwrap.wrap(operators, CHARACTERS), _shape(chain[-1]))
+    return (stack[-1][0] or first.name), (
+        *textwrap.wrap(operators, MAX_LINE_CHARACTERS),
+        _shape(chain[-1]),
+    )
 
 
 def _operator(node: fx.Node) -> str:

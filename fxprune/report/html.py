@@ -13,7 +13,7 @@ from fxprune.report.content import GroupEntry, RunReport
 from fxprune.report.table import rows, trial_figures
 
 WIDTH, HEIGHT = 150.0, 60.0  # of one sensitivity curve, in SVG units
-BAR = 400.0  # of the longest bar
+MAX_BAR_WIDTH = 400.0  # of the longest bar
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,17 @@ def to_html(report: RunReport) -> str:
         frozen=[group for group in report.groups if group.frozen_because is not None],
         curves=[_curve(scores, groups[name]) for name, scores in report.curves.items()
                 if name in groups and len(scores) > 1],
-        times=[(entry, BAR * entry.seconds / longest) for entry in report.entries],
+        times=[(entry, MAX_BAR_WIDTH * entry.seconds / longest) for entry in report.entries],
         skips=[(entry.spec.partition("{")[0], skip)
                for entry in report.entries for skip in entry.outcome.skips],
         trials=[(trial, trial_figures(trial)) for trial in report.trials],
-        width=WIDTH, height=HEIGHT, bar=BAR,
+        width=WIDTH, height=HEIGHT, bar=MAX_BAR_WIDTH,
     )  # fmt: skip
 
 
 def _bar(group: GroupEntry) -> dict[str, Any]:
     kept = group.units - group.removed - group.implanted
-    scale = BAR / max(group.units, 1)
+    scale = MAX_BAR_WIDTH / max(group.units, 1)
     return {
         "group": group,
         "kept": kept,

@@ -13,7 +13,7 @@ from fxprune.pipeline.contract import ReportTable
 from fxprune.planning.search import Trial
 from fxprune.report.content import RunReport
 
-SHORT = 6  # rows of a pass's table on a terminal
+MAX_TERMINAL_ROWS = 6  # rows of a pass's table on a terminal
 Row = tuple[str, str, str, str]
 
 
@@ -76,12 +76,16 @@ def _passes(report: RunReport) -> Table:
 def _short(content: ReportTable) -> RenderableType:
     """The first rows of a pass's table, under its title."""
     rows = content.rows
-    more = f" ({SHORT} of {len(rows)}, all in report.html)" if len(rows) > SHORT else ""
+    more = (
+        f" ({MAX_TERMINAL_ROWS} of {len(rows)}, all in report.html)"
+        if len(rows) > MAX_TERMINAL_ROWS
+        else ""
+    )
     first, *rest = content.columns
     table = Table(first, box=None, pad_edge=False)
     for name in rest:
         table.add_column(name, justify="right")
-    for row in rows[:SHORT]:
+    for row in rows[:MAX_TERMINAL_ROWS]:
         table.add_row(*map(Text, row))
     return Group(Text(f"{content.title}{more}"), table)
 

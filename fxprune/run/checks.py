@@ -19,14 +19,14 @@ from fxprune.graph.notebook import plural
 from fxprune.graph.program import Program
 from fxprune.onnx.export import ExportCheck
 from fxprune.report.content import Check
-from fxprune.run.quantized_checks import DISAGREEMENT
+from fxprune.run.quantized_checks import MAX_DISAGREEMENT
 from fxprune.structure.groups import Group
 from fxprune.structure.verify import failing_groups, sample_units, verify_removal
 from fxprune.training.comparison import paired_drop
 from fxprune.training.evaluate import Evaluation
 
-EXACT = 1e-5  # relative, single precision
-SHARE = 0.25  # of the units of every group that zero-then-remove tries
+MAX_REMOVAL_ERROR = 1e-5  # relative, single precision
+CHECKED_UNITS_SHARE = 0.25  # of the units of every group that zero-then-remove tries
 WEIGHT_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.INT8)
 ACCURACY_LIMIT = 0.001  # ties may fall differently in another runtime
 
@@ -60,8 +60,8 @@ def check_removal(
         The check, of the groups that can be removed; and what happens to the others.
 
     """
-    chosen = sample_units(groups, SHARE, seed)
-    failing = failing_groups(program, chosen, EXACT)
+    chosen = sample_units(groups, CHECKED_UNITS_SHARE, seed)
+    failing = failing_groups(program, chosen, MAX_REMOVAL_ERROR)
     chosen = {group: units for group, units in chosen.items() if group not in failing}
     exact = {group: units for group, units in chosen.items() if not group.mixed_by}
     if not exact:
@@ -79,7 +79,7 @@ def check_removal(
         note += f"; not checked for {mixed} whose units a normalisation mixes"
     if failing:
         note += f"; {plural(len(failing), 'group')} that cannot be removed keep their shapes"
-    return Check.of(error, EXACT, note), failing
+    return Check.of(error, MAX_REMOVAL_ERROR, note), failing
 
 
 def result_checks(
@@ -110,7 +110,7 @@ def result_checks(
 def accuracy_limit(checks: Mapping[str, Check]) -> float:
     """Return by how much accuracy on codes may differ between the runtimes: as predictions may."""
     agreement = checks.get("int8_agreement")
-    return max(DISAGREEMENT, (agreement and agreement.limit) or 0.0)
+    return max(MAX_DISAGREEMENT, (agreement and agreement.limit) or 0.0)
 
 
 def check_drop(before: Evaluation, after: Evaluation, limit: float) -> Check:

@@ -17,8 +17,8 @@ from fxprune.onnx.quantized_nodes import inspect_fusion
 from fxprune.report.content import Check
 from fxprune.training.evaluate import Run, run_onnx, run_program
 
-DISAGREEMENT = 0.005  # the share of predictions that may differ between the runtimes
-SAMPLES = 1000
+MAX_DISAGREEMENT = 0.005  # the share of predictions that may differ between the runtimes
+MAX_SAMPLES = 1000
 
 
 def check_quantized(program: Program, path: Path, data: Data | None) -> dict[str, Check]:
@@ -43,16 +43,15 @@ def check_fusion(path: Path) -> Check:
 def check_agreement(program: Program, path: Path, data: Data | None) -> Check:
     """Compare the predictions of a program and of its ONNX file, on evaluation samples.
 
-    A sum on the edge between two codes may fall to either by the order of its additions, and what
-    follows goes with it. Where more than ``DISAGREEMENT`` differ, as many may as do between ONNX
-    Runtime and itself with no operators fused, and two standard errors more: both shares are
-    of a few predictions.
+    A sum halfway between two INT8 values may be rounded to either, depending on the order of its
+    additions. If more than ``MAX_DISAGREEMENT`` differ, the limit is the share that differs in ONNX
+    Runtime with and without fused operators, plus two standard errors of the two shares.
     """
     samples = None if data is None else data.eval or data.calibration
     if samples is None:
         return Check.skipped("there is no data to compare predictions on")
     size = fixed_batch(program)
-    total = min(SAMPLES, len(samples))
+    total = min(MAX_SAMPLES, len(samples))
     total -= total % size if size else 0
     if not total:
         return Check.skipped(f"there are fewer than {size} samples to predict on")
@@ -64,7 +63,7 @@ def check_agreement(program: Program, path: Path, data: Data | None) -> Check:
             return torch.cat([found.argmax(class_axis(found)).flatten() for found in outputs])
 
     ours, theirs = predictions(run_program(program)), predictions(run_onnx(path))
-    found, limit = _apart(ours, theirs), max(DISAGREEMENT, 1.5 / total)
+    found, limit = _apart(ours, theirs), max(MAX_DISAGREEMENT, 1.5 / total)
     note = f"of {total:,} predictions in both runtimes"
     if found > limit:
         noise = _apart(predictions(run_onnx(path, fused=False)), theirs)
