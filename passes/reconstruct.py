@@ -42,18 +42,19 @@ from fxprune.graph.program import Program
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass, Skip
 from fxprune.pipeline.patterns import names_of_tensor, select_any
-from fxprune.reconstruction.driver import GIB, LayerResult, Reconstruction
+from fxprune.reconstruction.driver import GIB, Reconstruction
 from fxprune.reconstruction.incremental_run import Store
 from fxprune.reconstruction.layer_solvers import SolverSettings
+from fxprune.reconstruction.refit import LayerResult
 
-# Bytes of all values of a batch beyond which memory that is new to the process at every operator
-# takes longer than smaller batches do: a forward pass of MobileNetV2 takes 75 ms of processor time
-# per image in batches of 100, 45 in batches of 32, and 24 in batches of 16.
+# Largest size of all values of a batch. Beyond it, fresh memory at every operator costs more time
+# than smaller batches do: a forward pass of MobileNetV2 takes 75 ms of processor time per image in
+# batches of 100, 45 in batches of 32, and 24 in batches of 16.
 FAST_BATCH_BYTES = 2**30
-# What ``auto`` looks ahead, and the multiply-accumulates of one run over the samples up to which it
-# does: looking ahead from every layer then takes some four minutes of processor time, 2.7 ns each.
-TRIAL_SAMPLES = 256  # where plans are tried
-AUTO_LOOKAHEAD = 12
+TRIAL_SAMPLES = 256  # calibration samples when a plan is tried
+AUTO_LOOKAHEAD = 12  # operators that ``auto`` looks ahead
+# ``auto`` looks ahead if a run over all samples takes at most so many multiply-accumulates: about
+# four minutes of processor time in all, at 2.7 ns each.
 AUTO_LOOKAHEAD_MAX_MACS = 1e11
 
 
@@ -101,34 +102,36 @@ class Reconstruct(SolverSettings, Pass):
             raise InputError(f"lookahead is {self.lookahead}; it must be auto or a whole number")
 
     def for_trials(self) -> Reconstruct:
-        """Solve for the layers alone, on few samples."""
+        """Re-fit layers without lookahead, on few samples."""
         return replace(self, samples=min(self.samples, TRIAL_SAMPLES), lookahead=0, solver="own")
 
     def run(self, program: Program, context: Context) -> Outcome:
-        """Re-fit; changes counts layers."""
+        """Re-fit; changes counts layers whose error fell."""
         if context.dense is None:
             raise InputError("reconstruct needs the dense model; set Context.dense")
         if self.solver == "paper":
             self._check(program)
         program.eval()
-        dense = _placed(context.dense, context.device).eval()
+        first = next(iter(context.dense.graph_module.parameters()), None)
+        there = first is None or first.device == torch.empty(0, device=context.device).device
+        dense = context.dense.copy(share=there).to(context.device).eval()
         operations, notes = self._ahead(dense, context)
         details: dict[str, Any] = {}
         changed: set[str] = set()
         with placed(program, context.device), torch.no_grad():
             ahead = [operations] * self.rounds * (operations > 0)
             for lookahead in ahead if self.solver == "paper" else (0, *ahead):
-                mended, skips, told = self._round(program, dense, context, lookahead)
-                changed |= {layer.layer for layer in mended if layer.after < layer.before}
-                told["layers"] = [asdict(layer) for layer in mended]
+                results, skips, report = self._round(program, dense, context, lookahead)
+                changed |= {layer.layer for layer in results if layer.after < layer.before}
+                report["layers"] = [asdict(layer) for layer in results]
                 if lookahead:
-                    details.setdefault("lookahead", []).append(told)
+                    details.setdefault("lookahead", []).append(report)
                 else:
-                    details |= told
+                    details |= report
         return Outcome(len(changed), skips, details, tuple(notes))
 
     def _ahead(self, dense: Program, context: Context) -> tuple[int, list[str]]:
-        """Return how many operations to look ahead, and a note if that is none for its price."""
+        """Return how many operations to look ahead, and a note if ``auto`` finds it too slow."""
         if not isinstance(self.lookahead, str):
             return self.lookahead, []
         samples = min(self.samples, len(context.samples.calibration))
@@ -152,15 +155,21 @@ class Reconstruct(SolverSettings, Pass):
     def _round(
         self, program: Program, dense: Program, context: Context, lookahead: int
     ) -> tuple[list[LayerResult], tuple[Skip, ...], dict[str, Any]]:
-        """Mend every layer once."""
+        """Re-fit every layer once; return results, skips and details of the report."""
         half = int(self.memory_gib * GIB / 2)
-        only = self._chosen(program)
-        chosen = None if only is None else only.__contains__
+        chosen = None
+        if self.only:
+            names = {layer.weight: names_of_tensor(layer.weight) for layer in layers(program)}
+            chosen = select_any(self.only, names, "reconstruct{only}", "layer").__contains__
+        # Curvature needs many samples; moments do not, so batches are those that run fastest.
+        fast = max(FAST_BATCH_BYTES // activation_bytes(program), 1)
         with Store(half) as store:
             task = Reconstruction(
                 program, dense, self, store, context.device, chosen, lookahead=lookahead
             )
-            size = min(self.batch_size, task.most_samples(half), self._quick(program, lookahead))
+            size = min(
+                self.batch_size, task.max_batch(half), self.batch_size if lookahead else fast
+            )
             total = 0
             if len(task):
                 stream = calibration_stream(program, context, self.samples, size)
@@ -168,33 +177,13 @@ class Reconstruct(SolverSettings, Pass):
                 for batch in stream:
                     task.enter(batch.inputs)
             text = f"looking {lookahead} operators ahead" if lookahead else "reconstructing"
-            work = context.progress.track(task.mend(), text, len(task))
-            mended = [layer for layer in work if layer is not None]
-        told = {
+            work = context.progress.track(task.run(), text, len(task))
+            results = [layer for layer in work if layer is not None]
+        report = {
             "samples": total,
             "batch_size": size,
             "activations_gib": round(store.peak / GIB, 3),
             "spilled_gib": round(store.spilled / GIB, 3),
         }
         skips = tuple(Skip(layer.node, layer.reason) for layer in task.declined)
-        return mended, skips, told
-
-    def _quick(self, program: Program, lookahead: int) -> int:
-        """The batch size that runs fastest; curvature needs many samples, moments do not."""
-        return (
-            self.batch_size if lookahead else max(FAST_BATCH_BYTES // activation_bytes(program), 1)
-        )
-
-    def _chosen(self, program: Program) -> frozenset[str] | None:
-        """The weights that ``only`` names; None for all."""
-        if not self.only:
-            return None
-        names = {layer.weight: names_of_tensor(layer.weight) for layer in layers(program)}
-        return select_any(self.only, names, "reconstruct{only}", "layer")
-
-
-def _placed(program: Program, device: str) -> Program:
-    """Copy a program to a device; what is there already is shared."""
-    first = next(iter(program.graph_module.parameters()), None)
-    there = first is None or first.device == torch.empty(0, device=device).device
-    return program.copy(share=there).to(device)
+        return results, skips, report

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fxprune.calibration.layer_matrix import layers
 from fxprune.graph.program import Program
-from fxprune.reconstruction.footprint import MARGIN, per_sample
+from fxprune.reconstruction.footprint import MEMORY_MARGIN, per_sample
 from fxprune.reconstruction.lookahead import Curvature, Lookahead, variables
 from fxprune.reconstruction.region import Region, comparable, cut
 
@@ -80,7 +80,7 @@ def kept(program: Program, region: Region, curvature: Curvature) -> int:
 def test_is_what_a_linearisation_keeps(model: Any, curvature: Curvature) -> None:
     program, region = first_region(model(), 6)
     real = kept(program, region, curvature)
-    told = per_sample(program, [region], curvature) * len(X) / MARGIN
+    told = per_sample(program, [region], curvature) * len(X) / MEMORY_MARGIN
     assert 0.8 * real < told < 2 * real
 
 

@@ -12,7 +12,13 @@ import fxprune.reconstruction.layer_solvers
 from fxprune.calibration.layer_matrix import layers
 from fxprune.graph.facts import Removed
 from fxprune.graph.program import Program
-from fxprune.reconstruction.layer_solvers import Site, SolverSettings, descend, refit, restrict
+from fxprune.reconstruction.layer_solvers import (
+    LayerProblem,
+    SolverSettings,
+    descend,
+    refit,
+    restrict,
+)
 from fxprune.reconstruction.lookahead import Solver
 from fxprune.reconstruction.region import comparable, cut
 
@@ -22,7 +28,7 @@ X = SAMPLES @ MIX / 3  # inputs that know of each other
 SETTINGS = SolverSettings(steps=8, cg_steps=60, damping=0.0, tolerance=1e-8)
 
 
-def site(batches: int = 2, *, masked: bool = True) -> tuple[Program, Site]:
+def site(batches: int = 2, *, masked: bool = True) -> tuple[Program, LayerProblem]:
     """A masked layer, and what the dense one before a smooth function came to."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
@@ -47,17 +53,19 @@ def site(batches: int = 2, *, masked: bool = True) -> tuple[Program, Site]:
             program.tensor("0.weight").mul_(keep)
     judged = range(batches - 1, batches) if batches > 1 else range(1)
     fitted = range(max(batches - 1, 1))
-    return program, Site(program, region, {"0.weight": keep}, batch, fitted, judged, dense=later)
+    return program, LayerProblem(
+        program, region, {"0.weight": keep}, batch, fitted, judged, dense=later
+    )
 
 
-def slope(program: Program, place: Site, *, weighed: bool) -> float:
+def slope(program: Program, place: LayerProblem, *, weighted: bool) -> float:
     """How steep the sum of squared differences is in the weights that may change."""
     weight = program.tensor("0.weight").detach().clone().requires_grad_()
     frontier, wanted = place.batch(0)
     with torch.enable_grad():
         values = place.region.run(program, frontier, {"0.weight": weight})
         parts = [
-            (values[node] - value).square().sum() / (value.square().sum() if weighed else 1)
+            (values[node] - value).square().sum() / (value.square().sum() if weighted else 1)
             for node, value in zip(place.region.outputs, wanted, strict=True)
         ]
         (found,) = torch.autograd.grad(torch.stack(parts).sum(), weight)
@@ -67,15 +75,15 @@ def slope(program: Program, place: Site, *, weighed: bool) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("solver", ["own", "paper"])
 def test_ends_where_the_slope_is_zero(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fxprune.reconstruction.layer_solvers, "STAGNANT", 0.0)
+    monkeypatch.setattr(fxprune.reconstruction.layer_solvers, "MIN_RELATIVE_DECREASE", 0.0)
     program, place = site(batches=1)
-    steep = slope(program, place, weighed=solver == "own")
+    steep = slope(program, place, weighted=solver == "own")
     found = descend(place, replace(SETTINGS, steps=20, solver=solver))
     assert found is not None
     assert found.after < found.before
     assert found.cg_steps > 0
     assert not program.tensor("0.weight")[~place.keep["0.weight"]].any()
-    assert slope(program, place, weighed=solver == "own") < 0.02 * steep
+    assert slope(program, place, weighted=solver == "own") < 0.02 * steep
 
 
 @torch.no_grad()

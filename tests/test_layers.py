@@ -8,7 +8,13 @@ from support import trace
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.calibration.layer_matrix import Some, blocks, layers, output_shape, weight_rows
+from fxprune.calibration.layer_matrix import (
+    PositionSample,
+    blocks,
+    layers,
+    output_shape,
+    weight_rows,
+)
 from fxprune.graph.node_args import argument
 
 KINDS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -45,7 +51,7 @@ def test_some_positions_are_positions_of_all(kind: str) -> None:
     value = module(x).detach()
     rows = weight_rows(layer.node, program.tensor(layer.weight).detach())
     total = sum(features.shape[2] for features, _ in blocks(layer.node, x, value))
-    some = Some(2, torch.Generator().manual_seed(0))
+    some = PositionSample(2, torch.Generator().manual_seed(0))
     for features, wanted in blocks(layer.node, x, value, some):
         bias = program.tensor(str(layer.bias)).detach().view(rows.shape[0], -1, 1)
         torch.testing.assert_close(rows @ features + bias, wanted)
@@ -81,7 +87,7 @@ def test_a_sample_may_come_alone() -> None:
 
 
 def test_rows_are_drawn_so_that_there_are_enough_positions() -> None:
-    some = Some(10, torch.Generator().manual_seed(0))
+    some = PositionSample(10, torch.Generator().manual_seed(0))
     drawn = [some.draw(8, 4) for _ in range(50)]
     rows = [item.tolist() for item in drawn if isinstance(item, Tensor)]
     assert len(rows) == 50

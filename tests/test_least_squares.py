@@ -105,7 +105,7 @@ def test_large_masked_systems_are_solved_stepwise(
     keep = torch.rand(2, 6, 24, generator=GENERATOR) > 0.5
     keep[0, 0] = False
     found = [solve(moments(x, r), 1e-3, bias=bias, keep=keep)]
-    monkeypatch.setattr(fxprune.calibration.least_squares, "DIRECT", 0)
+    monkeypatch.setattr(fxprune.calibration.least_squares, "MAX_DIRECT_PRODUCTS", 0)
     found.append(solve(moments(x, r), 1e-3, bias=bias, keep=keep))
     assert not found[1][0][~keep].any()
     for exact, near in zip(*found, strict=True):

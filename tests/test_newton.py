@@ -23,14 +23,18 @@ def times(h: Tensor, vector: Vector) -> Vector:
 
 def test_solves_the_system() -> None:
     h = matrix()
-    found = conjugate_gradients(lambda v: times(h, v), G, damping=0.0, tolerance=1e-10, most=20)
+    found = conjugate_gradients(
+        lambda v: times(h, v), G, damping=0.0, tolerance=1e-10, max_steps=20
+    )
     torch.testing.assert_close(torch.cat(found.vector), -torch.linalg.solve(h, torch.cat(G)))
     assert found.steps <= 8
 
 
 def test_damping_is_relative_to_the_curvature_along_the_gradient() -> None:
     h, g = matrix(), torch.cat(G)
-    found = conjugate_gradients(lambda v: times(h, v), G, damping=0.5, tolerance=1e-10, most=20)
+    found = conjugate_gradients(
+        lambda v: times(h, v), G, damping=0.5, tolerance=1e-10, max_steps=20
+    )
     shifted = h + 0.5 * (g @ h @ g) / (g @ g) * torch.eye(7, dtype=torch.float64)
     torch.testing.assert_close(torch.cat(found.vector), -torch.linalg.solve(shifted, g))
 
@@ -38,7 +42,7 @@ def test_damping_is_relative_to_the_curvature_along_the_gradient() -> None:
 def test_a_good_preconditioner_needs_one_step() -> None:
     h = matrix()
     found = conjugate_gradients(
-        lambda v: times(h, v), G, damping=0.0, tolerance=1e-8, most=20,
+        lambda v: times(h, v), G, damping=0.0, tolerance=1e-8, max_steps=20,
         precondition=lambda v: times(torch.linalg.inv(h), v),
     )  # fmt: skip
     assert found.steps == 1
@@ -47,13 +51,15 @@ def test_a_good_preconditioner_needs_one_step() -> None:
 @pytest.mark.parametrize("most", [1, 2, 20])
 def test_stays_a_descent_direction_where_the_curvature_is_negative(most: int) -> None:
     h = matrix(-5.0)
-    found = conjugate_gradients(lambda v: times(h, v), G, damping=0.0, tolerance=0.0, most=most)
+    found = conjugate_gradients(
+        lambda v: times(h, v), G, damping=0.0, tolerance=0.0, max_steps=most
+    )
     assert float(torch.cat(found.vector) @ torch.cat(G)) < 0
 
 
 def test_without_a_gradient_there_is_nowhere_to_go() -> None:
     zero = tuple(torch.zeros_like(part) for part in G)
-    found = conjugate_gradients(lambda v: v, zero, damping=0.0, tolerance=0.1, most=5)
+    found = conjugate_gradients(lambda v: v, zero, damping=0.0, tolerance=0.1, max_steps=5)
     assert found.steps == 0
 
 

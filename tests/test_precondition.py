@@ -43,7 +43,7 @@ def steps(name: str, keep: Tensor | None, tolerance: float) -> int:
     point = task.point()
     return conjugate_gradients(
         task.product(0, point, "gauss-newton"), task.gradient([0], point), damping=0.0,
-        tolerance=tolerance, most=30, precondition=precondition,
+        tolerance=tolerance, max_steps=30, precondition=precondition,
     ).steps  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def steps(name: str, keep: Tensor | None, tolerance: float) -> int:
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
 def test_least_squares_needs_one_step(name: str, masked: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr(fxprune.reconstruction.precondition, "RIDGE", 1e-12)
+    monkeypatch.setattr(fxprune.reconstruction.precondition, "RELATIVE_RIDGE", 1e-12)
     shape = next(iter(NETS[name].parameters())).shape
     keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5 if masked else None
     assert steps(name, keep, 1e-3) == 1
@@ -59,7 +59,7 @@ def test_least_squares_needs_one_step(name: str, masked: bool, monkeypatch: Any)
 
 @torch.no_grad()
 def test_large_systems_fall_back_to_their_diagonals(monkeypatch: Any) -> None:
-    monkeypatch.setattr(fxprune.reconstruction.precondition, "LARGEST", 1)
+    monkeypatch.setattr(fxprune.reconstruction.precondition, "MAX_SYSTEM_ELEMENTS", 1)
     program, region, names, values = parts("bias")
     keep = torch.rand(program.tensor("weight").shape) > 0.5
     multiply = preconditioner(program, region.layer, names, keep, values)

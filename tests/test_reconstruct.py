@@ -217,7 +217,7 @@ def test_is_the_same_every_time() -> None:
 @pytest.mark.parametrize("lookahead", [0, 3])
 def test_transformers_come_nearer_too(lookahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # attention has the batch in its second dimension; values come in several blocks
-    monkeypatch.setattr(fxprune.calibration.layer_matrix, "BLOCK", 2**12)
+    monkeypatch.setattr(fxprune.calibration.layer_matrix, "BLOCK_ELEMENTS", 2**12)
 
     class Tokens(nn.Module):
         def __init__(self) -> None:
@@ -238,10 +238,10 @@ def test_transformers_come_nearer_too(lookahead: int, monkeypatch: pytest.Monkey
 
 
 def test_too_large_systems_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fxprune.reconstruction.driver, "MOST_FEATURES", 5)
+    monkeypatch.setattr(fxprune.reconstruction.driver, "MAX_FEATURES", 5)
     program, context = given(linear(), torch.randn(50, 6))
     (skip,) = Reconstruct()(program, context).skips
-    assert "6 weights each" in skip.reason
+    assert "each output has 6 weights" in skip.reason
 
 
 def test_only_what_is_named_is_mended() -> None:
@@ -266,7 +266,7 @@ def test_batches_shrink_to_the_memory() -> None:
         (told,) = outcome.details["lookahead"]
         assert told["samples"] == 32
         sizes.append(told["batch_size"])
-    assert sizes[0] == 128 > sizes[1] > sizes[2] == 1
+    assert sizes[0] == 32 > sizes[1] > sizes[2] == 1
 
 
 def test_the_settings_of_the_paper() -> None:
@@ -281,7 +281,7 @@ def test_the_settings_of_the_paper() -> None:
         if name not in program.get(MASKS).keep:
             assert torch.equal(tensor, before[name])
     removed(program, "stem.weight", [0])
-    with pytest.raises(InputError, match="for masks"):
+    with pytest.raises(InputError, match="needs masks"):
         paper(program, context)
     with pytest.raises(InputError, match="lookahead=20"):
         Reconstruct(solver="paper")(program, context)

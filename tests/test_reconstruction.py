@@ -47,7 +47,7 @@ def mend(
         for batch in X.split(20):
             task.enter((batch,))
         assert len(task) == 3
-        return [layer.layer for layer in task.mend() if layer is not None]
+        return [layer.layer for layer in task.run() if layer is not None]
 
 
 def test_layers_are_solved_for_on_what_those_before_them_make() -> None:
@@ -76,10 +76,10 @@ def test_memory_limits_the_batch() -> None:
             Reconstruction(program, dense, SolverSettings(), store, "cpu", lookahead=ahead)
             for ahead in (0, 1, 4)
         ]
-        most = [task.most_samples(2**20) for task in tasks]
+        most = [task.max_batch(2**20) for task in tasks]
         assert most[0] > most[1] > most[2] > 1
-        assert tasks[2].most_samples(0) == 1
-        assert tasks[2].most_samples(2**21) >= 2 * most[2]
+        assert tasks[2].max_batch(0) == 1
+        assert tasks[2].max_batch(2**21) >= 2 * most[2]
 
 
 def test_weights_may_be_chosen() -> None:

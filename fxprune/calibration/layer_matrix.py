@@ -1,4 +1,4 @@
-"""Layers with a stored weight, as linear maps: their calls, and what they multiply."""
+"""Layers with a stored weight, as linear maps: their calls, inputs and outputs as matrices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 
 aten = torch.ops.aten
-BLOCK = 2**23  # elements of a block of features
+BLOCK_ELEMENTS = 2**23  # of a block of features
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Layer:
 
     @property
     def fits(self) -> bool:
-        """Whether ``blocks`` can be had: not of transposed convolutions."""
+        """Whether ``blocks`` supports the layer: all but transposed convolutions."""
         return operator_of(self.node).kind != "transposed-convolution"
 
 
@@ -70,7 +70,7 @@ def _layers(program: Program) -> Iterator[Layer]:
 
 
 def _bias(program: Program, calls: list[fx.Node], readers: dict[int, list[fx.Node]]) -> str | None:
-    """The bias that all calls add, and nothing else reads."""
+    """The bias that all calls add and no other node reads."""
     biases = [argument(call, "bias") for call in calls]
     if not all(isinstance(bias, fx.Node) and bias.op == "get_attr" for bias in biases):
         return None
@@ -81,7 +81,7 @@ def _bias(program: Program, calls: list[fx.Node], readers: dict[int, list[fx.Nod
 
 
 def channel_axis(node: fx.Node) -> int:
-    """Return the dimension of a call's value that counts its outputs."""
+    """Return the dimension of the output channels in a call's value, counted from the last."""
     if packet_of(node) is aten.linear:
         return -1
     dims: int = argument(node, "weight").meta["val"].dim()
@@ -89,7 +89,7 @@ def channel_axis(node: fx.Node) -> int:
 
 
 def output_shape(node: fx.Node, value: Tensor) -> tuple[int, ...]:
-    """Return the shape of a call's value for an input of a batch size of its own."""
+    """Return the shape of a call's value for an input of any batch size."""
     traced = node.meta["val"].shape
     if packet_of(node) is aten.linear:
         return (*value.shape[:-1], traced[-1])
@@ -98,15 +98,15 @@ def output_shape(node: fx.Node, value: Tensor) -> tuple[int, ...]:
 
 
 def blocks(
-    node: fx.Node, value: Tensor, output: Tensor, some: Some | None = None
+    node: fx.Node, value: Tensor, output: Tensor, sample: PositionSample | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Spread a call's input and its value, a few samples at a time.
+    """Yield a call's input and its value as matrices, a few samples at a time.
 
     Args:
         node: a convolution or linear layer.
         value: its input.
         output: its value.
-        some: which positions to take; None for all.
+        sample: which positions to take; None for all.
 
     Yields:
         groups x features x positions: what each output of the group weighs; the product of
@@ -115,8 +115,8 @@ def blocks(
 
     """
     if packet_of(node) is aten.linear:
-        if some is not None and value.dim() > 2:
-            rows = some.draw(value.shape[1], value[0, 0, ..., 0].numel())
+        if sample is not None and value.dim() > 2:
+            rows = sample.draw(value.shape[1], value[0, 0, ..., 0].numel())
             value, output = value[:, rows], output[:, rows]
         value, output = value.flatten(0, -2), output.flatten(0, -2)
         for x, y in zip(value.split(_per(value[:1])), output.split(_per(value[:1])), strict=True):
@@ -127,41 +127,41 @@ def blocks(
         value, output = value.unsqueeze(0), output.unsqueeze(0)
     size = _per(output[:1, :1], weight[0].numel() * groups)
     for x, y in zip(value.split(size), output.split(size), strict=True):
-        rows = some.draw(y.shape[2], y[0, 0, 0].numel()) if some is not None else slice(None)
+        rows = sample.draw(y.shape[2], y[0, 0, 0].numel()) if sample is not None else slice(None)
         made = y[:, :, rows].transpose(0, 1).flatten(1).unflatten(0, (groups, -1))
         yield _features(node, x, rows), made
 
 
 @dataclass(frozen=True, eq=False)
-class Some:
-    """Draws positions: where neighbours are alike, a part of them tells nearly as much.
+class PositionSample:
+    """Draws positions of large images, where neighbouring positions are similar.
 
     Attributes:
-        most: how many positions of a sample to take, at most, or a row of them.
-        random: what draws the rows.
+        limit: largest number of positions per sample, rounded up to whole rows.
+        random: the generator of the draw.
 
     """
 
-    most: int
+    limit: int
     random: torch.Generator
 
     def draw(self, rows: int, width: int) -> Tensor | slice:
-        """Return numbers of rows, or all of them."""
-        wanted = -(-self.most // max(width, 1))
+        """Return the indices of the drawn rows, or all rows."""
+        wanted = -(-self.limit // max(width, 1))
         if wanted >= rows:
             return slice(None)
         return torch.randperm(rows, generator=self.random)[:wanted].sort().values
 
 
 def _per(sample: Tensor, times: int = 1) -> int:
-    """How many samples make a block."""
-    return max(1, BLOCK // max(1, sample.numel() * times))
+    """The number of samples in a block."""
+    return max(1, BLOCK_ELEMENTS // max(1, sample.numel() * times))
 
 
 def _windows(node: fx.Node, value: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
     """View a convolution's padded input as channels x kernel x samples x positions.
 
-    Nothing is copied, unless only some rows of positions are wanted.
+    This is a view without a copy, unless only some rows of positions are taken.
     """
     kernel = argument(node, "weight").meta["val"].shape[2:]
     dims = len(kernel)
@@ -177,7 +177,7 @@ def _windows(node: fx.Node, value: Tensor, rows: Tensor | slice = slice(None)) -
 
 
 def _features(node: fx.Node, value: Tensor, rows: Tensor | slice) -> Tensor:
-    """Spread a convolution's input at rows of positions: groups x features x positions."""
+    """Return a convolution's input at rows of positions: groups x features x positions."""
     dims = value.dim() - 2
     laid = _windows(node, value, rows)
     found: Tensor = (
@@ -187,39 +187,39 @@ def _features(node: fx.Node, value: Tensor, rows: Tensor | slice) -> Tensor:
 
 
 def drawn_features(
-    node: fx.Node, value: Tensor, most: int | None, generator: torch.Generator | None
+    node: fx.Node, value: Tensor, limit: int | None, generator: torch.Generator | None
 ) -> Tensor:
-    """Spread what a layer reads at positions drawn from all samples: positions x features.
+    """Return a layer's input at positions drawn from all samples: positions x features.
 
     Args:
         node: a linear layer, or a convolution without groups.
         value: its input.
-        most: the largest number of positions; None for all.
+        limit: the largest number of positions; None for all.
         generator: of the draw.
 
     """
     if packet_of(node) is aten.linear:
         rows = value.flatten(0, -2)
-        return rows[_draw(len(rows), most, generator).to(rows.device)]
+        return rows[_draw(len(rows), limit, generator).to(rows.device)]
     dims = argument(node, "weight").meta["val"].dim() - 2
     windows = _windows(node, value if value.dim() == dims + 2 else value.unsqueeze(0))
     places = windows.shape[1 + dims :]
-    drawn = _draw(places.numel(), most, generator).to(value.device)
+    drawn = _draw(places.numel(), limit, generator).to(value.device)
     whole: list[Any] = [slice(None)] * (1 + dims)
     picked: Tensor = windows[(*whole, *torch.unravel_index(drawn, places))]
     found: Tensor = picked.flatten(0, dims).T
     return found
 
 
-def _draw(count: int, most: int | None, generator: torch.Generator | None) -> Tensor:
-    """Numbers of positions, at most so many of a count."""
-    if most is None or count <= most:
+def _draw(count: int, limit: int | None, generator: torch.Generator | None) -> Tensor:
+    """Indices of positions: at most ``limit`` of ``count``."""
+    if limit is None or count <= limit:
         return torch.arange(count)
-    return torch.randperm(count, generator=generator)[:most]
+    return torch.randperm(count, generator=generator)[:limit]
 
 
 def weight_rows(node: fx.Node, weight: Tensor) -> Tensor:
-    """Spread a weight: groups x outputs per group x features."""
+    """Return a weight as matrices: groups x outputs per group x features."""
     groups: int = 1 if packet_of(node) is aten.linear else argument(node, "groups")
     found: Tensor = weight.flatten(1).unflatten(0, (groups, -1))
     return found

@@ -1,11 +1,11 @@
-"""Least squares from second moments: a layer's weights from what it sees and what it should add.
+"""Least squares from second moments: a layer's weights from its inputs and its output's error.
 
 For features ``x`` and wanted changes ``r`` of the outputs, the change ``D`` of the weights is
 
     min over D   sum ||r - x D' - b||^2 + ridge * m * ||D||^2,     m = mean of the features' squares
 
-so the ridge pulls towards the weights as they are. Where weights are masked, every output has a
-support of its own and a system of its own.
+so the ridge pulls towards the current weights. If weights are masked, every output has its own
+support and its own system.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from fxprune.calibration.moments import Moments
 from fxprune.errors import FxpruneError
 
-BLOCK = 2**23  # elements of a block of systems
-MOST_FEATURES = 8192  # of a system: its moments take half a gigabyte
-LEAST = 1e-12  # the smallest ridge, so that features that never vary do no harm
-FLOOR = 1e-30  # of the features' mean square, where they are all zero
-DIRECT = 2 * 10**11  # multiplications for all masked systems; more are solved stepwise
-DAMPINGS = 12  # of singular systems, up to a tenth of their diagonal
-STEPS = 60  # of that, at most
-NEAR = 1e-4  # the share of the residual that may be left
+SYSTEM_BLOCK_ELEMENTS = 2**23  # of the masked systems that are factorised at a time
+MAX_FEATURES = 8192  # of a system: its moments take half a gigabyte
+MIN_RELATIVE_RIDGE = 1e-12  # keeps systems with constant features solvable
+MIN_MEAN_SQUARE = 1e-30  # of features that are all zero
+MAX_DIRECT_PRODUCTS = 2 * 10**11  # to factorise all masked systems; beyond, they are iterated
+MAX_DAMPINGS = 12  # of singular systems, up to a tenth of their diagonal
+MAX_CG_STEPS = 60
+CG_RELATIVE_RESIDUAL = 1e-4  # at which the iteration stops
 
 
 def solve(
@@ -42,11 +42,11 @@ def solve(
 
     """
     used = moments.centred() if bias else moments
-    scale = used.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(FLOOR)
+    scale = used.gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(MIN_MEAN_SQUARE)
     eye = torch.eye(used.gram.shape[1], dtype=torch.float64, device=used.gram.device)
-    gram = used.gram + (max(ridge, LEAST) * scale).view(-1, 1, 1) * eye
+    gram = used.gram + (max(ridge, MIN_RELATIVE_RIDGE) * scale).view(-1, 1, 1) * eye
     if keep is None or bool(keep.all()):
-        change = _cholesky(gram, used.cross).transpose(1, 2)
+        change = torch.cholesky_solve(used.cross, factorise(gram)).transpose(1, 2)
     else:
         change = _on_support(gram, used.cross, keep)
     shift = torch.zeros_like(moments.wanted)
@@ -56,23 +56,19 @@ def solve(
     return change, shift
 
 
-def _cholesky(gram: Tensor, cross: Tensor) -> Tensor:
-    return torch.cholesky_solve(cross, factorise(gram))
-
-
 def factorise(systems: Tensor) -> Tensor:
     """Return the Cholesky factors of symmetric systems, batch x f x f.
 
-    Those that rounding has left without one are damped, ten times as much each time, from
-    ``LEAST`` of their mean diagonal on, until they have one.
+    Systems that are not positive definite because of rounding are damped, first by
+    ``MIN_RELATIVE_RIDGE`` of their mean diagonal, then ten times as much at every further try.
 
     Raises:
         FxpruneError: the systems are not finite, or far from positive definite.
 
     """
-    level = systems.diagonal(dim1=1, dim2=2).mean(1).clamp_min(FLOOR) * LEAST
+    level = systems.diagonal(dim1=1, dim2=2).mean(1).clamp_min(MIN_MEAN_SQUARE) * MIN_RELATIVE_RIDGE
     eye = torch.eye(systems.shape[1], dtype=systems.dtype, device=systems.device)
-    for _ in range(DAMPINGS):
+    for _ in range(MAX_DAMPINGS):
         factors: Tensor
         factors, failed = torch.linalg.cholesky_ex(systems)
         if not bool(failed.any()):
@@ -87,42 +83,43 @@ def factorise(systems: Tensor) -> Tensor:
 
 
 def _on_support(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
-    """Solve one system per output, in which the weights that are not kept do not take part."""
+    """Solve one system per output, without the weights that are masked."""
     groups, outputs, features = keep.shape
-    if groups * outputs * features**3 // 3 > DIRECT:
-        return _stepwise(gram, cross, keep)
+    if groups * outputs * features**3 // 3 > MAX_DIRECT_PRODUCTS:
+        return _iterate(gram, cross, keep)
     found = torch.zeros(keep.shape, dtype=gram.dtype, device=gram.device)
-    size = max(1, BLOCK // gram.shape[1] ** 2)
+    size = max(1, SYSTEM_BLOCK_ELEMENTS // gram.shape[1] ** 2)
     for group in range(groups):
         for start in range(0, outputs, size):
             part = keep[group, start : start + size].to(gram.dtype)
             pairs = part.unsqueeze(2) * part.unsqueeze(1)
             systems = gram[group] * pairs + torch.diag_embed(1 - part)
             wanted = (cross[group].T[start : start + size] * part).unsqueeze(2)
-            found[group, start : start + size] = _cholesky(systems, wanted).squeeze(2) * part
+            found[group, start : start + size] = (
+                torch.cholesky_solve(wanted, factorise(systems)).squeeze(2) * part
+            )
     return found
 
 
-def _stepwise(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
+def _iterate(gram: Tensor, cross: Tensor, keep: Tensor) -> Tensor:
     """Solve the systems of all outputs at once by conjugate gradients, scaled by the diagonal.
 
-    A step costs one product with the moments, where a factorisation would have to be made for
-    every output.
+    A step costs one product with the moments; a direct solution factorises a system per output.
     """
     kept = keep.to(gram.dtype)
     scale = kept / gram.diagonal(dim1=1, dim2=2).unsqueeze(1)
     residual = cross.transpose(1, 2) * kept
     found, direction = torch.zeros_like(residual), residual * scale
     slope = (residual * direction).sum(2, keepdim=True)
-    goal = NEAR**2 * slope
-    for _ in range(STEPS):
+    goal = CG_RELATIVE_RESIDUAL**2 * slope
+    for _ in range(MAX_CG_STEPS):
         image = direction @ gram * kept
-        length = slope / (direction * image).sum(2, keepdim=True).clamp_min(FLOOR)
+        length = slope / (direction * image).sum(2, keepdim=True).clamp_min(MIN_MEAN_SQUARE)
         found += length * direction
         residual -= length * image
         ready = residual * scale
         last, slope = slope, (residual * ready).sum(2, keepdim=True)
         if bool((slope <= goal).all()):
             break
-        direction = ready + slope / last.clamp_min(FLOOR) * direction
+        direction = ready + slope / last.clamp_min(MIN_MEAN_SQUARE) * direction
     return found

@@ -1,4 +1,4 @@
-"""Second moments of features, and of what should be added to outputs: sums over many batches."""
+"""Second moments of features and of wanted changes of outputs, summed over batches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 # A feature is steady where its variance is a smaller share of its mean square than this.
 STEADY_SHARE = 0.01
-SMALLEST_MEAN_SQUARE = 1e-30  # stands in where all features are zero
-RELATIVE_JITTER = 1e-12  # of the mean variance: what directions that never vary count as
+SMALLEST_MEAN_SQUARE = 1e-30  # of features that are all zero
+RELATIVE_JITTER = 1e-12  # variance of constant directions, relative to the mean variance
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Moments:
         features: sums of the features, groups x f.
         wanted: sums of the wanted changes, groups x outputs.
         energy: sums of the squares of the wanted changes, groups x outputs.
-        count: how many positions.
+        count: the number of positions.
 
     """
 
@@ -36,7 +36,7 @@ class Moments:
 
     @classmethod
     def zeros(cls, groups: int, features: int, outputs: int, device: torch.device | str) -> Moments:
-        """Return the moments of nothing; ``outputs`` is 0 where nothing is to be added."""
+        """Return empty moments; ``outputs`` is 0 if there are no wanted changes."""
         shapes = (features, features), (features, outputs), (features,), (outputs,), (outputs,)
         gram, cross, seen, wanted, energy = (
             torch.zeros(groups, *shape, dtype=torch.float64, device=device) for shape in shapes
@@ -85,9 +85,9 @@ class Moments:
     def add(self, features: Tensor, wanted: Tensor | None = None) -> None:
         """Count positions: groups x f x n, and groups x outputs x n.
 
-        Products are summed in their own precision here, over the calls in double precision. Where
-        features hardly vary about their means, products are of what they deviate by, since single
-        precision would keep little of it beside the means.
+        Products of a call are summed in the precision of the features, and the calls in double
+        precision. If features vary little around their means, products are taken of the deviations,
+        because single precision would lose them beside the means.
         """
         wanted = features[:, :0] if wanted is None else wanted
         count = features.shape[2]
@@ -122,7 +122,7 @@ class Moments:
         )
 
     def loss(self, change: Tensor, shift: Tensor) -> Tensor:
-        """Return the sum of squares that a change of weights and bias leaves, groups x outputs.
+        """Return the sum of squared errors after a change of weights and bias, groups x outputs.
 
         Args:
             change: of the weights, groups x outputs x f.
@@ -136,7 +136,7 @@ class Moments:
         return self.energy - 2 * met + made
 
     def best_step(self, change: Tensor, shift: Tensor) -> Tensor:
-        """Return the share of a change, 0 to 1, that leaves each output's least sum of squares."""
+        """Return the fraction of a change, 0 to 1, that minimises each output's squared error."""
         slope = self.energy - self.loss(change, shift)  # 2 met - made
         made = self.loss(-change, -shift) - self.energy  # 2 met + made
         met, made = (slope + made) / 4, (made - slope) / 2
@@ -145,6 +145,6 @@ class Moments:
 
 def _deviations(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return deviations from the means along the last dimension, and the means in float64."""
-    near = values.mean(2, keepdim=True)
-    values = values - near
-    return values, near.squeeze(2).double() + values.mean(2).double()  # what rounding left
+    rounded = values.mean(2, keepdim=True)
+    values = values - rounded
+    return values, rounded.squeeze(2).double() + values.mean(2).double()

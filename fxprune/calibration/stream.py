@@ -66,7 +66,7 @@ def calibration_stream(
         context: calibration samples, seed and device.
         samples: the largest number of samples.
         batch_size: the largest number of samples per batch.
-        remainder: samples that do not fill a batch make a smaller one (``keep``), are left out
+        remainder: samples that do not fill a batch make a smaller one (``keep``), are dropped
             (``drop``; a set smaller than a batch is one batch), or are spread, so that all batches
             have about the same size.
 
@@ -99,7 +99,7 @@ def record(
     """Run batches through a program, without gradients, as far as the last node with a hook.
 
     Args:
-        program: what to run, in evaluation mode, in which it is left.
+        program: the program, which is put into evaluation mode.
         context: device and progress.
         stream: the batches.
         hooks: what to do at which nodes; see ``fxprune.graph.hooks``.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.calibration.layer_matrix import Some, blocks, weight_rows
+from fxprune.calibration.layer_matrix import PositionSample, blocks, weight_rows
 from fxprune.calibration.moments import Moments
 from fxprune.calibration.running import placed
 from fxprune.calibration.stream import calibration_stream
@@ -131,7 +131,7 @@ def _gathering(
     def gather(call: Call) -> Any:
         moments, value = sums[watched[call.node]], call.value()
         positions = max(POSITIONS, PER_FEATURE * moments.gram.shape[1])
-        some = Some(-(-positions // samples), torch.Generator().manual_seed(0))
+        some = PositionSample(-(-positions // samples), torch.Generator().manual_seed(0))
         for x, _ in blocks(call.node, call.args[0], value, some):
             moments.add(x)
         return value

@@ -1,1 +1,1 @@
-"""Weights that are left, changed so that values stay those of the dense program."""
+"""Remaining weights, re-fitted so that values stay close to those of the dense program."""

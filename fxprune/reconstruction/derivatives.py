@@ -1,4 +1,4 @@
-"""Whether a region can be linearised: tried beforehand, on tensors without data."""
+"""Whether a region can be linearised, tested on tensors without data."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from fxprune.graph.program import Program
 from fxprune.reconstruction.lookahead import Curvature, Lookahead, variables
 from fxprune.reconstruction.region import Region
 
-# What PyTorch raises where an operator has no (second) derivative or no shape rule.
-MISSING = (RuntimeError, NotImplementedError)
+# PyTorch raises these where an operator has no (second) derivative or no shape rule.
+MISSING_DERIVATIVE = (RuntimeError, NotImplementedError)
 
 
 class Linearisable:
-    """Finds out which regions have the derivatives that a look ahead takes.
+    """Tells which regions have the derivatives that lookahead needs.
 
     Args:
-        program: what the regions are part of.
-        curvature: of the look ahead.
+        program: the program that the regions are part of.
+        curvature: the curvature that lookahead uses.
 
     """
 
@@ -35,22 +35,31 @@ class Linearisable:
         self._known: dict[Any, str | None] = {}
 
     def form(self, region: Region) -> tuple[Region, str | None]:
-        """Return the region in a form that can be linearised, or why there is none.
+        """Return the region in a form that can be linearised, or the reason why there is none.
 
-        Operators without a second derivative are computed by PyTorch's own decomposition of them,
-        where it has one.
+        Operators without a second derivative are replaced by PyTorch's decomposition of them, if
+        there is one.
         """
         reason = self._obstacle(region)
         if reason is None:
             return region, None
-        forms = {node: form for node in region.nodes if (form := _decomposed(node)) is not None}
-        spelled = replace(region, forms=forms)
-        return (spelled, None) if forms and self._obstacle(spelled) is None else (region, reason)
+        forms: dict[fx.Node, Callable[..., Any]] = {}
+        for node in region.nodes:
+            target: Any = node.target
+            form = decomposition_table.get(target)
+            if form is None or _twice_differentiable(node, target):
+                continue
+            if _twice_differentiable(node, form):
+                forms[node] = form
+        decomposed = replace(region, forms=forms)
+        if forms and self._obstacle(decomposed) is None:
+            return decomposed, None
+        return region, reason
 
     def _obstacle(self, region: Region) -> str | None:
         nodes = tuple((str(node.target), str(node.meta.get("val"))) for node in region.nodes)
         key = (*nodes, len(region.forms), len(region.outputs))
-        if key not in self._known:  # repeated blocks have regions alike
+        if key not in self._known:  # repeated blocks have equal regions
             self._known[key] = self._try(region)
         return self._known[key]
 
@@ -58,7 +67,7 @@ class Linearisable:
         try:
             with without_data(self._program, region) as (task, point):
                 task.product(0, point, self._curvature)(point)
-        except MISSING as error:
+        except MISSING_DERIVATIVE as error:
             return str(error).strip().split("\n")[0] or type(error).__name__
         return None
 
@@ -67,7 +76,7 @@ class Linearisable:
 def without_data(
     program: Program, region: Region
 ) -> Iterator[tuple[Lookahead, tuple[Tensor, ...]]]:
-    """Give the look ahead of a region on fake tensors, and the point that it starts from."""
+    """Yield the lookahead problem of a region on fake tensors, and its starting point."""
     values = set(region.nodes)
     with FakeTensorMode(allow_non_fake_inputs=True):
         sources = {source for node in region.nodes for source in node.all_input_nodes}
@@ -86,15 +95,6 @@ def without_data(
 def _empty(node: fx.Node) -> Any:
     value = node.meta.get("val")
     return torch.empty_like(value) if isinstance(value, Tensor) else value
-
-
-def _decomposed(node: fx.Node) -> Callable[..., Any] | None:
-    """PyTorch's decomposition of a node's operator, where that alone has two derivatives."""
-    target: Any = node.target
-    form = decomposition_table.get(target)
-    if form is None or _twice_differentiable(node, node.target):
-        return None
-    return form if _twice_differentiable(node, form) else None
 
 
 def _twice_differentiable(node: fx.Node, call: Any) -> bool:
@@ -117,7 +117,7 @@ def _twice_differentiable(node: fx.Node, call: Any) -> bool:
                 first = torch.autograd.grad(made, leaves, probes, create_graph=True, **options)
                 slopes = [leaf for leaf in first if leaf.requires_grad]
                 torch.autograd.grad(slopes, probes, [part.detach() for part in slopes], **options)
-        except MISSING:
+        except MISSING_DERIVATIVE:
             return False
     return True
 

@@ -1,52 +1,34 @@
-"""Reconstruction: layer by layer in graph order, on the activations of the mended prefix."""
+"""Reconstruction layer by layer, in graph order, on what the layers re-fitted before compute."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxprune.calibration.layer_matrix import layers
-from fxprune.calibration.least_squares import MOST_FEATURES
+from fxprune.calibration.least_squares import MAX_FEATURES
 from fxprune.graph.facts import MASKS, REMOVED
 from fxprune.graph.program import Program
 from fxprune.host import peak_memory
 from fxprune.reconstruction.derivatives import Linearisable
 from fxprune.reconstruction.footprint import per_sample
 from fxprune.reconstruction.incremental_run import IncrementalRun, Store, Values
-from fxprune.reconstruction.layer_solvers import Site, SolverSettings, descend, refit, restrict
+from fxprune.reconstruction.layer_solvers import (
+    LayerProblem,
+    SolverSettings,
+    descend,
+    refit,
+    restrict,
+)
+from fxprune.reconstruction.refit import LayerResult
 from fxprune.reconstruction.region import Region, comparable, cut
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """What happened to one layer.
-
-    Attributes:
-        layer: its weight.
-        until: the last value that was compared with the dense program's.
-        before: the error on samples held out: a mean square after a closed-form solution, relative
-            to the dense values and halved with a look ahead.
-        after: the same, with the new weights.
-        seconds: the time taken.
-        cg_steps: steps of conjugate gradients.
-        peak_gib: the most memory that the process has had so far; None where it is not told.
-
-    """
-
-    layer: str
-    until: str
-    before: float
-    after: float
-    seconds: float
-    cg_steps: int
-    peak_gib: float | None
 
 
 @dataclass(frozen=True)
@@ -57,27 +39,20 @@ class Declined:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """A layer's region, and the dense nodes whose values it is to reach."""
-
-    region: Region
-    wanted: tuple[fx.Node, ...]
-
-
 class Reconstruction:
-    """Walks a program and the dense one side by side, and mends layer after layer.
+    """Runs a program and the dense one side by side, and re-fits one layer after the other.
 
     Args:
-        program: what to mend, in place, in evaluation mode.
-        dense: what its values should be, in evaluation mode.
-        settings: how.
-        store: where activations lie.
-        device: where both programs are.
-        chosen: tells by its name whether a weight is to be mended; None mends all.
+        program: the program to change, in evaluation mode.
+        dense: the program whose values it should have, in evaluation mode.
+        settings: of the solvers.
+        store: keeps activations.
+        device: the device of both programs.
+        chosen: whether to re-fit the weight of this name; None for all.
+        lookahead: number of operations after each layer to match; 0 solves for its output alone.
 
     Attributes:
-        declined: the layers that cannot be mended.
+        declined: the layers that cannot be re-fitted.
 
     """
 
@@ -89,72 +64,63 @@ class Reconstruction:
         self._small = IncrementalRun(program, store, "program", device)
         self._large = IncrementalRun(dense, store, "dense", device)
         self._order = {node: number for number, node in enumerate(dense.graph.nodes)}
-        self._problems, self.declined = _plan(program, dense, settings, lookahead, chosen)
+        self._regions, self.declined = _plan(program, dense, settings, lookahead, chosen)
         self._samples = 0
 
     def __len__(self) -> int:
-        return len(self._problems)
+        return len(self._regions)
 
-    def most_samples(self, memory: int) -> int:
-        """Return how many samples a batch may have, so that every region keeps to a memory."""
+    def max_batch(self, memory: int) -> int:
+        """Return the largest batch size for which every region fits into so many bytes."""
         curvature = self._settings.curvature if self._lookahead else None
-        regions = (problem.region for problem in self._problems)
-        return max(memory // max(per_sample(self._program, regions, curvature), 1), 1)
+        return max(memory // max(per_sample(self._program, self._regions, curvature), 1), 1)
 
     def enter(self, inputs: tuple[Any, ...]) -> None:
-        """Take a batch of samples, before the first layer is mended."""
+        """Add a batch of samples, before the first layer is re-fitted."""
         self._small.enter(inputs)
         self._large.enter(inputs)
         leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         self._samples += max((len(leaf) for leaf in leaves if leaf.dim()), default=1)
 
-    def mend(self) -> Iterator[LayerResult | None]:
-        """Mend every layer in turn; yields None for one in which there is nothing to mend."""
-        for number, problem in enumerate(self._problems):
+    def run(self) -> Iterator[LayerResult | None]:
+        """Re-fit every layer in turn; yield None for a layer that has no error to reduce."""
+        for number, region in enumerate(self._regions):
             start = time.perf_counter()
-            later = {node for other in self._problems[number:] for node in other.wanted}
-            self._small.advance(problem.region.layer.node)
-            self._large.advance(max(problem.wanted, key=self._order.__getitem__).next, later)
-            site = self._site(problem)
+            later = {node for other in self._regions[number:] for node in other.wanted}
+            self._small.advance(region.layer.node)
+            self._large.advance(max(region.wanted, key=self._order.__getitem__).next, later)
+            problem = self._problem(region)
             if self._lookahead:
-                found = descend(site, self._settings)
+                result = descend(problem, self._settings)
             else:
-                found = refit(site, self._settings.ridge)
+                result = refit(problem, self._settings.ridge)
             seconds, peak = round(time.perf_counter() - start, 3), peak_memory()
-            yield None if found is None else LayerResult(
-                problem.region.layer.weight, problem.region.outputs[-1].name,
-                found.before, found.after, seconds, found.cg_steps,
-                None if peak is None else round(peak / GIB, 3),
-            )  # fmt: skip
+            peak_gib = None if peak is None else round(peak / GIB, 3)
+            yield result and replace(result, seconds=seconds, peak_gib=peak_gib)
 
-    def _site(self, problem: _Problem) -> Site:
+    def _problem(self, region: Region) -> LayerProblem:
+        """Return a layer's problem; the last batches are held out."""
         total = self._small.batches
         share = self._settings.held_out
-        held_out = max(round(share * total), 1) if total > 1 and share else 0
+        fitted = total - (max(round(share * total), 1) if total > 1 and share else 0)
         masks = self._program.facts.get(MASKS.name)
-        return Site(
-            self._program, problem.region, masks.keep if masks else {},
-            lambda number: self._batch(problem, number),
-            range(total - held_out), range(total - held_out if held_out else 0, total),
-            self._samples,
-            self._dense(problem.region),
-        )  # fmt: skip
-
-    def _dense(self, region: Region) -> dict[str, Tensor]:
-        """The dense program's tensors that a region reads, where it has to be computed with."""
-        if self._settings.solver != "paper":
-            return {}
-        sources = {source for node in region.nodes for source in node.all_input_nodes}
-        names = {str(source.target) for source in sources if source.op == "get_attr"}
-        return {name: self._large.program.tensor(name).detach() for name in names}
-
-    def _batch(self, problem: _Problem, number: int) -> tuple[Values, list[Tensor]]:
-        """The values before the region, and those it is to reach, for one batch."""
         removed = self._program.facts.get(REMOVED.name)
-        wanted = [
-            restrict(self._large.value(node, number), node, removed) for node in problem.wanted
-        ]
-        return self._small.frontier(number), wanted
+        dense: dict[str, Tensor] = {}
+        if self._settings.solver == "paper":  # later layers compute with the dense tensors
+            sources = {source for node in region.nodes for source in node.all_input_nodes}
+            names = {str(source.target) for source in sources if source.op == "get_attr"}
+            dense = {name: self._large.program.tensor(name).detach() for name in names}
+
+        def batch(number: int) -> tuple[Values, list[Tensor]]:
+            values = [(self._large.value(node, number), node) for node in region.wanted]
+            wanted = [restrict(value, node, removed) for value, node in values]
+            return self._small.frontier(number), wanted
+
+        judged = range(fitted if fitted < total else 0, total)
+        return LayerProblem(
+            self._program, region, masks.keep if masks else {}, batch, range(fitted), judged,
+            self._samples, dense,
+        )  # fmt: skip
 
 
 def _plan(
@@ -163,33 +129,31 @@ def _plan(
     settings: SolverSettings,
     lookahead: int,
     chosen: Callable[[str], bool] | None,
-) -> tuple[tuple[_Problem, ...], tuple[Declined, ...]]:
+) -> tuple[tuple[Region, ...], tuple[Declined, ...]]:
+    """Return the regions of the layers that can be re-fitted, and the other layers."""
     usable = comparable(program, dense)
-    raw = settings.solver == "paper"
-    named = {node.name: node for node in dense.graph.nodes}
-    problems, declined = [], []
+    regions, declined = [], []
     derivatives = Linearisable(program, settings.curvature)
     for layer in layers(program):
         if chosen is not None and not chosen(layer.weight):
             continue
         features = program.tensor(layer.weight)[0].numel()
-        if features > MOST_FEATURES and not lookahead:
+        region, reason = None, "the dense program has no value to compare its output with"
+        if features > MAX_FEATURES and not lookahead:
             reason = f"each output has {features:,} weights: the linear system would be too large"
-            declined.append(Declined(layer.node.name, reason))
         elif not (layer.fits or lookahead):
-            declined.append(Declined(layer.node.name, "transposed convolutions are not re-fitted"))
-        elif (region := cut(layer, lookahead, usable, raw=raw)) is None:
-            reason = "the dense program has no value to compare its output with"
-            declined.append(Declined(layer.node.name, reason))
+            reason = "transposed convolutions are not re-fitted"
         else:
-            obstacle = None
-            if lookahead:
-                region, obstacle = derivatives.form(region)
+            region = cut(layer, lookahead, usable, raw=settings.solver == "paper")
+        if region is not None and lookahead:
+            region, obstacle = derivatives.form(region)
             if obstacle is not None:
                 reason = (
                     f"no lookahead from this layer, because a derivative is missing: {obstacle}"
                 )
-                declined.append(Declined(layer.node.name, reason))
-                continue
-            problems.append(_Problem(region, tuple(named[node.name] for node in region.outputs)))
-    return tuple(problems), tuple(declined)
+                region = None
+        if region is None:
+            declined.append(Declined(layer.node.name, reason))
+        else:
+            regions.append(region)
+    return tuple(regions), tuple(declined)

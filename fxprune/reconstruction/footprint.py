@@ -1,4 +1,4 @@
-"""How much memory a region's activations take, counted on tensors without data."""
+"""Memory that the activations of a region need, computed on tensors without data."""
 
 from __future__ import annotations
 
@@ -14,40 +14,38 @@ from fxprune.reconstruction.derivatives import without_data
 from fxprune.reconstruction.lookahead import Curvature, Lookahead
 from fxprune.reconstruction.region import Region
 
-MARGIN = 2.5  # over what is kept, for what products with it and the allocator need besides
+MEMORY_MARGIN = 2.5  # times the kept tensors, for products with them and the allocator
 
 
 def per_sample(
     program: Program, regions: Iterable[Region], curvature: Curvature | None = None
 ) -> int:
-    """Return how many bytes a sample takes in the largest of some regions.
+    """Return the bytes that a sample needs in the largest of the regions.
 
     Args:
-        program: what they are part of.
+        program: the program that the regions are part of.
         regions: parts of it.
-        curvature: what is linearised there; None if values are only computed.
+        curvature: the curvature that is linearised there; None if values are only computed.
 
     """
     leaves = pytree.tree_leaves(program.example_inputs)
     samples = next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
-    counted: dict[Any, int] = {}  # repeated blocks have regions alike
+    counted: dict[Any, int] = {}  # repeated blocks have equal regions
     for region in regions:
         alike = tuple((str(node.target), str(node.meta.get("val"))) for node in region.nodes)
-        if alike not in counted:
-            counted[alike] = _bytes(program, region, curvature)
-    return int(MARGIN * max(counted.values(), default=0) / samples)
-
-
-def _bytes(program: Program, region: Region, curvature: Curvature | None) -> int:
-    """What a region keeps for the example inputs: its values, or those of its linearisation."""
-    values = {node: node.meta.get("val") for node in region.nodes}
-    if curvature is None:
-        return 2 * sum(value.nbytes for value in values.values() if isinstance(value, Tensor))
-    with without_data(program, region) as (task, point):
-        return _kept(task, point, curvature)
+        if alike in counted:
+            continue
+        if curvature is None:
+            values = (node.meta.get("val") for node in region.nodes)
+            counted[alike] = 2 * sum(x.nbytes for x in values if isinstance(x, Tensor))
+        else:
+            with without_data(program, region) as (task, point):
+                counted[alike] = _kept(task, point, curvature)
+    return int(MEMORY_MARGIN * max(counted.values(), default=0) / samples)
 
 
 def _kept(task: Lookahead, point: tuple[Tensor, ...], curvature: Curvature) -> int:
+    """Bytes that the linearisation of a region keeps for the example inputs."""
     seen: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -65,5 +63,5 @@ def _kept(task: Lookahead, point: tuple[Tensor, ...], curvature: Curvature) -> i
     found = sum(
         tensor.untyped_storage().nbytes() for key, tensor in seen.items() if key not in weights
     )
-    del product  # what has been counted lived until here
+    del product  # kept the counted tensors alive
     return found

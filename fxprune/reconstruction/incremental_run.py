@@ -1,8 +1,8 @@
-"""Activations on their way through a program: kept in memory up to a limit, on disk beyond.
+"""Running a program part by part, with activations in memory up to a limit and on disk beyond.
 
 An ``IncrementalRun`` runs a program once over fixed batches, and stops where its caller needs
-values. It keeps only the frontier: values that later nodes still read, and those it was asked for.
-Going from stop to stop therefore costs one forward pass in all, however many stops there are.
+values. It keeps only the frontier: values that later nodes still read, and those the caller asked
+for. All parts together therefore cost one forward pass, however many stops there are.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor, fx
 from fxprune.graph.program import Program, owner_of
 
 Values = dict[fx.Node, Any]
-Key = tuple[str, str, int]  # which walk, which node, which batch
+Key = tuple[str, str, int]  # the names of the run and the node, the number of the batch
 
 
 class Store(AbstractContextManager["Store"]):
-    """Tensors by key, on the CPU: in memory while they fit, else in a folder that goes at exit.
+    """Tensors by key, on the CPU: in memory while they fit, else in a temporary folder.
 
     Attributes:
-        limit: the most bytes in memory.
-        peak: the most bytes there have been in memory.
-        spilled: how many bytes went to disk.
+        limit: the largest number of bytes in memory.
+        peak: the largest number of bytes that were in memory at a time.
+        spilled: the number of bytes written to disk.
 
     """
 
@@ -56,7 +56,7 @@ class Store(AbstractContextManager["Store"]):
             self._folder.cleanup()
 
     def put(self, key: Key, value: Any) -> None:
-        """Keep a value; one that is no tensor stays in memory and counts nothing."""
+        """Keep a value; one that is not a tensor stays in memory and is not counted."""
         self.drop(key)
         if not isinstance(value, Tensor):
             self._values[key] = value
@@ -101,18 +101,18 @@ def compute(
     """Return a node's value.
 
     Args:
-        program: what the node is part of.
-        node: stored tensors among its inputs are read from the program.
-        values: those of its other inputs.
-        given: stands for stored tensors by name.
-        form: what is called instead of the node's operator; None for that.
+        program: the program that the node is part of.
+        node: the node; stored tensors among its inputs are read from the program.
+        values: the values of its other inputs.
+        given: tensors to use instead of stored ones, by name.
+        form: a function to call instead of the node's operator.
 
     """
 
     def value(argument: fx.Node) -> Any:
         if argument in values:
             return values[argument]
-        return compute(program, argument, values, given)  # only stored tensors are not there
+        return compute(program, argument, values, given)  # only stored tensors are missing
 
     if node.op == "get_attr":
         name = str(node.target)
@@ -129,10 +129,10 @@ class IncrementalRun:
     """Runs a program node by node over fixed batches.
 
     Args:
-        program: what runs, in evaluation mode; its stored tensors are read as they are then.
-        store: where the frontier lies.
-        name: tells the walks of one store apart.
-        device: where the program computes.
+        program: the program, in evaluation mode; stored tensors are read when a node runs.
+        store: keeps the frontier.
+        name: distinguishes the runs of one store.
+        device: the program's device.
 
     """
 
@@ -148,7 +148,7 @@ class IncrementalRun:
         self._position, self.batches = 0, 0
 
     def enter(self, inputs: tuple[Any, ...]) -> None:
-        """Take another batch, before the first stop."""
+        """Add a batch, before the first stop."""
         flat = self.program.graph.process_inputs(*inputs)
         for node, value in zip(self._live, flat, strict=True):
             self._store.put((self._name, node.name, self.batches), value)
@@ -159,7 +159,7 @@ class IncrementalRun:
 
         Args:
             stop: the first node that does not run.
-            keep: nodes whose values stay, though no later node reads them.
+            keep: nodes whose values are kept, although no later node reads them.
 
         """
         end = len(self._nodes) if stop is None else max(self._order[stop], self._position)
@@ -173,7 +173,7 @@ class IncrementalRun:
             values = self.frontier(number) if todo else {}
             for node in todo:
                 values[node] = compute(self.program, node, values, {})
-                for used in node.all_input_nodes:  # what nothing else needs goes at once
+                for used in node.all_input_nodes:  # drop what no later node needs
                     if self._last[used] <= self._order[node] and used not in wanted:
                         values.pop(used, None)
             old = set(self._live)
@@ -185,10 +185,10 @@ class IncrementalRun:
         self._live, self._position = stay, end
 
     def frontier(self, number: int) -> Values:
-        """Return the values that the walk keeps, for one batch."""
+        """Return all values that are kept, for one batch."""
         return {node: self.value(node, number) for node in self._live}
 
     def value(self, node: fx.Node, number: int) -> Any:
-        """Return one value that the walk keeps, for one batch."""
+        """Return one value that is kept, for one batch."""
         value = self._store.get((self._name, node.name, number))
         return value.to(self._device) if isinstance(value, Tensor) else value

@@ -1,10 +1,10 @@
-"""The two ways to mend a layer: solve for its weights, or descend with a look ahead."""
+"""The two solvers of a layer: least squares for its output, and Newton steps with lookahead."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
 
@@ -15,10 +15,10 @@ from fxprune.reconstruction.incremental_run import Values
 from fxprune.reconstruction.lookahead import Curvature, Lookahead, Solver, variables
 from fxprune.reconstruction.newton import Product, conjugate_gradients, dot, line_search
 from fxprune.reconstruction.precondition import preconditioner
-from fxprune.reconstruction.refit import Fit, Refit
+from fxprune.reconstruction.refit import LayerResult, Refit
 from fxprune.reconstruction.region import Region
 
-STAGNANT = 0.01  # a relative decrease under which another Newton step does not pay
+MIN_RELATIVE_DECREASE = 0.01  # of the loss; after less, no further Newton step is taken
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,18 @@ class SolverSettings:
     solver: Solver = "own"
 
 
-@dataclass(frozen=True)
-class Found:
-    """The errors on samples held out before and after, and the steps of conjugate gradients."""
-
-    before: float
-    after: float
-    cg_steps: int = 0
-
-
 @dataclass(frozen=True, eq=False)
-class Site:
-    """A layer to mend.
+class LayerProblem:
+    """A layer to reconstruct, with its data.
 
     Attributes:
-        program: what it is part of.
-        region: the layer, and where its values are compared with the dense ones.
-        keep: masks by tensor; nothing for those that may change everywhere.
-        batch: returns, by number, the values before the region and the dense ones at its outputs.
-        fitted: the numbers of the batches that make changes.
-        judged: the numbers of those that judge them.
-        samples: how many all batches hold.
+        program: the program that it is part of.
+        region: the layer, and the operations up to those compared with the dense program.
+        keep: masks by tensor name; a tensor without a mask may change everywhere.
+        batch: returns, by number, the values before the region and the dense values at its outputs.
+        fitted: the numbers of the batches that weights are fitted to.
+        judged: the numbers of the held-out batches that judge changes.
+        samples: the number of samples in all batches.
         dense: the dense program's tensors that the region reads, by name.
 
     """
@@ -84,58 +75,55 @@ class Site:
 
 
 def restrict(value: Tensor, node: fx.Node, removed: Removed | None) -> Tensor:
-    """Return what is left of a dense value after removal."""
+    """Return the part of a dense value that remains after removal."""
     for dim, indices in (removed.kept.get(node.name, {}) if removed else {}).items():
         value = value.index_select(dim, indices.to(value.device))
     return value
 
 
-def refit(site: Site, ridge: float) -> Found | None:
-    """Solve for a layer's weights; None where there is nothing to mend."""
-    layer = site.region.layer
-    task = Refit(site.program, site.region, site.keep.get(layer.weight), site.samples)
-    for number in dict.fromkeys([*site.fitted, *site.judged]):
-        task.add(*site.batch(number), held_out=number not in site.fitted)
+def refit(problem: LayerProblem, ridge: float) -> LayerResult | None:
+    """Solve for a layer's weights; return None where there is no error to reduce."""
+    layer = problem.region.layer
+    task = Refit(problem.program, problem.region, problem.keep.get(layer.weight), problem.samples)
+    for number in dict.fromkeys([*problem.fitted, *problem.judged]):
+        task.add(*problem.batch(number), held_out=number not in problem.fitted)
     if len(layer.calls) == 1:
-        return _found(task.apply(ridge))
+        return task.apply(ridge)
 
-    def error() -> float:  # calls may feed each other, so look what came of it
-        return sum(task.error(*site.batch(number)) for number in site.judged)
+    def error() -> float:  # calls may feed each other, so their outputs are computed again
+        return sum(task.error(*problem.batch(number)) for number in problem.judged)
 
     stored, before = task.stored(), error()
     fit = task.apply(ridge)
     if fit is None or error() < before:
-        return _found(fit)
+        return fit
     for name, value in stored.items():
-        set_tensor(site.program, name, value)
-    return Found(fit.before, fit.before)
+        set_tensor(problem.program, name, value)
+    return replace(fit, after=fit.before)
 
 
-def _found(fit: Fit | None) -> Found | None:
-    return None if fit is None else Found(fit.before, fit.after)
+def descend(problem: LayerProblem, settings: SolverSettings) -> LayerResult | None:
+    """Take Newton steps on a layer's weights; return None where there is no error to reduce.
 
-
-def descend(site: Site, settings: SolverSettings) -> Found | None:
-    """Take Newton steps on a layer's weights; None where there is nothing to mend.
-
-    The curvature is that of one batch, another one for each step. The gradient is that of all
-    fitted batches, and the others judge; the paper has both of that one batch as well.
+    Every step takes the curvature from another batch and the gradient from all fitted batches;
+    the held-out batches judge it. The published method (``paper``) takes gradient, curvature and
+    loss from the one batch.
     """
-    task, precondition = _task(site, settings)
-    paper, fitted = settings.solver == "paper", site.fitted or site.judged
+    task, precondition = _task(problem, settings)
+    paper, fitted = settings.solver == "paper", problem.fitted or problem.judged
     point = task.point()
-    loss = before = task.loss(site.judged, point)
+    loss = before = task.loss(problem.judged, point)
     if not before:
         return None
     steps = 0
     for number in range(settings.steps):
         one = fitted[number % len(fitted)]
-        seen, judged = ([one], [one]) if paper else (fitted, site.judged)
+        seen, judged = ([one], [one]) if paper else (fitted, problem.judged)
         loss = task.loss(judged, point) if paper else loss
         gradient = task.gradient(seen, point)
         direction = conjugate_gradients(
             task.product(one, point, settings.curvature), gradient, damping=settings.damping,
-            tolerance=settings.tolerance, most=settings.cg_steps, precondition=precondition,
+            tolerance=settings.tolerance, max_steps=settings.cg_steps, precondition=precondition,
         )  # fmt: skip
         steps += direction.steps
         slope = dot(gradient, direction.vector)
@@ -144,26 +132,27 @@ def descend(site: Site, settings: SolverSettings) -> Found | None:
         if found is None:
             break
         point, last, loss = found[0], loss, found[1]
-        if last - loss < STAGNANT * last:
+        if last - loss < MIN_RELATIVE_DECREASE * last:
             break
-    loss = task.loss(site.judged, point) if paper else loss
+    loss = task.loss(problem.judged, point) if paper else loss
     if paper or loss < before:
         for name, value in zip(task.names, point, strict=True):
-            set_tensor(site.program, name, value)
-    return Found(before, loss, steps)
+            set_tensor(problem.program, name, value)
+    region = problem.region
+    return LayerResult(region.layer.weight, region.outputs[-1].name, before, loss, cg_steps=steps)
 
 
-def _task(site: Site, settings: SolverSettings) -> tuple[Lookahead, Product | None]:
-    """What to minimise, and what makes the conjugate gradients need fewer steps."""
-    layer = site.region.layer
+def _task(problem: LayerProblem, settings: SolverSettings) -> tuple[Lookahead, Product | None]:
+    """Return the loss to minimise and the preconditioner of conjugate gradients."""
+    layer = problem.region.layer
     if settings.solver == "paper":
         task = Lookahead(
-            site.program, site.region, (layer.weight,), (site.keep.get(layer.weight),),
-            site.batch, site.dense, weighed=False,
+            problem.program, problem.region, (layer.weight,), (problem.keep.get(layer.weight),),
+            problem.batch, problem.dense, weighted=False,
         )  # fmt: skip
         return task, None
-    names = variables(site.program, site.region)
-    keeps = tuple(site.keep.get(name) for name in names)
-    task = Lookahead(site.program, site.region, names, keeps, site.batch, {})
-    first = site.batch((site.fitted or site.judged)[0])[0]
-    return task, preconditioner(site.program, layer, names, keeps[0], first)
+    names = variables(problem.program, problem.region)
+    keeps = tuple(problem.keep.get(name) for name in names)
+    task = Lookahead(problem.program, problem.region, names, keeps, problem.batch, {})
+    first = problem.batch((problem.fitted or problem.judged)[0])[0]
+    return task, preconditioner(problem.program, layer, names, keeps[0], first)

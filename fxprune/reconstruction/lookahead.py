@@ -1,10 +1,10 @@
-"""A layer's problem with a look ahead: how far the next operations are from the dense ones.
+"""A layer's loss with lookahead: how far the values of the next operations are from the dense ones.
 
     loss(W) = 1/2 sum over outputs k of  w_k * || f_k(W; X) - f_k(dense) ||^2 / samples
 
-with ``w_k`` one over the mean square of the dense value, so that every operation counts alike. The
-curvature is that of the loss (``newton``), or of its residuals alone (``gauss-newton``), which has
-no negative directions. Either is linearised once at a point, and then only multiplied with.
+with ``w_k`` one over the mean square of the dense value, so that every operation has equal weight.
+The curvature is that of the loss (``newton``), or of its residuals alone (``gauss-newton``), which
+has no negative directions. It is linearised once at a point; vectors are then multiplied by it.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ aten = torch.ops.aten
 Curvature = Literal["gauss-newton", "newton"]
 Solver = Literal["own", "paper"]
 Batch = tuple[Values, list[Tensor]]  # the frontier, and the dense values at the outputs
-TINY = 1e-12
+MIN_MEAN_SQUARE = 1e-12  # of a dense value
 
 
 @dataclass(frozen=True, eq=False)
 class Lookahead:
-    """A region, the tensors in it that may change, and batches to see it on.
+    """A region, the tensors in it that may change, and batches of data.
 
     Attributes:
-        program: what the region is part of.
-        region: what the loss looks at.
-        names: the variables: the layer's weight, and what shifts its outputs.
+        program: the program that the region is part of.
+        region: the operations whose values the loss compares.
+        names: the variables: the layer's weight, and the bias that shifts its outputs.
         keep: by variable, which of its elements may change; None for all.
         batch: returns a batch by number.
-        fixed: other tensors to compute the region with, by name.
-        weighed: whether every operation counts alike; if not, ``w_k`` is two for all.
+        fixed: tensors to use instead of other stored ones, by name.
+        weighted: whether every operation has equal weight; if not, every ``w_k`` is two.
 
     """
 
@@ -52,11 +52,11 @@ class Lookahead:
     keep: tuple[Tensor | None, ...]
     batch: Callable[[int], Batch]
     fixed: Mapping[str, Tensor]
-    weighed: bool = True
+    weighted: bool = True
 
     @functools.cached_property
     def _aliases(self) -> dict[str, list[str]]:
-        """By variable, all the names that its tensor is read under."""
+        """By variable, all names that its tensor has."""
         read = [str(node.target) for node in self.program.tensor_nodes()]
         tensor = self.program.tensor
         return {
@@ -64,16 +64,16 @@ class Lookahead:
         }
 
     def point(self) -> Vector:
-        """Return the variables as they are."""
+        """Return the current variables."""
         return tuple(self.program.tensor(name).detach() for name in self.names)
 
     def restrict(self, vector: Vector) -> Vector:
-        """Return a vector without what may not change."""
+        """Return a vector with zeros for the elements that may not change."""
         pairs = zip(vector, self.keep, strict=True)
         return tuple(part if keep is None else part * keep for part, keep in pairs)
 
     def residuals(self, batch: Batch) -> Callable[..., Vector]:
-        """Return the weighed differences at the outputs as a function of the variables."""
+        """Return the function from the variables to the weighted differences at the outputs."""
         frontier, wanted = batch
         scales = self._scales(wanted)
 
@@ -90,11 +90,11 @@ class Lookahead:
         return differences
 
     def _scales(self, wanted: list[Tensor]) -> list[Tensor]:
-        """What the differences at each output are multiplied by."""
-        if not self.weighed:
+        """The factor of the differences at each output."""
+        if not self.weighted:
             return [wanted[0].new_tensor(len(wanted[0]) ** -0.5)] * len(wanted)
         return [
-            (0.5 / len(wanted) / value.square().mean().clamp_min(TINY)).sqrt()
+            (0.5 / len(wanted) / value.square().mean().clamp_min(MIN_MEAN_SQUARE)).sqrt()
             / value.numel() ** 0.5
             for value in wanted
         ]  # fmt: skip
@@ -107,35 +107,28 @@ class Lookahead:
     def gradient(self, numbers: Sequence[int], point: Vector) -> Vector:
         """Return the gradient of the mean loss over batches."""
         found = tuple(torch.zeros_like(part) for part in point)
+        leaves = tuple(part.detach().requires_grad_() for part in point)
         for number in numbers:
-            part = self._gradient(self.residuals(self.batch(number)), point)
-            found = along(found, 1 / len(numbers), part)
+            with torch.enable_grad():
+                loss = _square(self.residuals(self.batch(number))(*leaves))
+            found = along(found, 1 / len(numbers), torch.autograd.grad(loss, leaves))
         return self.restrict(found)
 
-    def _gradient(self, residuals: Callable[..., Vector], point: Vector) -> Vector:
-        leaves = tuple(part.detach().requires_grad_() for part in point)
-        with torch.enable_grad():
-            loss = _square(residuals(*leaves))
-        return torch.autograd.grad(loss, leaves)
-
     def product(self, number: int, point: Vector, curvature: Curvature) -> Product:
-        """Return the multiplication by the curvature on one batch, linearised at a point."""
+        """Return the product with the curvature of one batch, linearised at a point."""
         leaves = tuple(part.detach().requires_grad_() for part in point)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
             differences = self.residuals(self.batch(number))(*leaves)
-            multiply = _of_loss if curvature == "newton" else _of_residuals
-            found = multiply(differences, leaves)
+            if curvature == "newton":  # the second derivative of the loss
+                slopes = torch.autograd.grad(_square(differences), leaves, create_graph=True)
+                found: Product = functools.partial(_pull, slopes, leaves)
+            else:
+                found = _gauss_newton(differences, leaves)
         return lambda vector: self.restrict(found(vector))
 
 
-def _of_loss(differences: Vector, leaves: Vector) -> Product:
-    """What multiplies by the second derivative of the loss."""
-    slopes = torch.autograd.grad(_square(differences), leaves, create_graph=True)
-    return functools.partial(_pull, slopes, leaves)
-
-
-def _of_residuals(differences: Vector, leaves: Vector) -> Product:
-    """What multiplies by ``2 J' J``; ``J v`` is the derivative by ``u`` of ``u' J v``."""
+def _gauss_newton(differences: Vector, leaves: Vector) -> Product:
+    """Return the product with ``2 J' J``; ``J v`` is the derivative by ``u`` of ``u' J v``."""
     probes = tuple(torch.zeros_like(part, requires_grad=True) for part in differences)
     pulled = torch.autograd.grad(differences, leaves, probes, create_graph=True)
 
@@ -147,7 +140,7 @@ def _of_residuals(differences: Vector, leaves: Vector) -> Product:
 
 
 def _pull(values: Vector, inputs: Vector, vector: Vector) -> Vector:
-    """Multiply by the transposed derivative of values by inputs; their graph stays."""
+    """Multiply by the transposed derivative of values by inputs; keep their graph."""
     return torch.autograd.grad(
         values, inputs, vector, retain_graph=True, allow_unused=True, materialize_grads=True
     )
@@ -158,7 +151,7 @@ def _square(differences: Vector) -> Tensor:
 
 
 def variables(program: Program, region: Region) -> tuple[str, ...]:
-    """Return the tensors that a look ahead changes: the weight, and what shifts the outputs."""
+    """Return the tensors that lookahead changes: the weight, and the bias that shifts outputs."""
     layer = region.layer
     if layer.bias is not None:
         return layer.weight, layer.bias

@@ -1,4 +1,4 @@
-"""Masks: which weights stay, by pattern; and proof that the others are zero in an ONNX file."""
+"""Masks: which weights are kept, by pattern or from a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fxprune.errors import InputError
 from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 
-BLOCKED = re.compile(r"(\d+):(\d+)")
+BLOCK_PATTERN = re.compile(r"(\d+):(\d+)")
 
 
 def blocks_of(pattern: str) -> tuple[int, int] | None:
@@ -24,7 +24,7 @@ def blocks_of(pattern: str) -> tuple[int, int] | None:
         InputError: it keeps none or all.
 
     """
-    if not (match := BLOCKED.fullmatch(pattern)):
+    if not (match := BLOCK_PATTERN.fullmatch(pattern)):
         return None
     kept, of = map(int, match.groups())
     if not 0 < kept < of:
@@ -53,7 +53,7 @@ def follows(keep: Tensor, axis: int, kept: int, of: int) -> bool:
 
 
 def smallest(weights: Mapping[str, Tensor], share: float, cap: float) -> dict[str, Tensor]:
-    """Return false for the smallest of all weights together, at most a share of each tensor.
+    """Return masks without the smallest weights of all tensors, at most ``cap`` of each tensor.
 
     Raises:
         InputError: the cap does not leave room for the share.
@@ -61,7 +61,7 @@ def smallest(weights: Mapping[str, Tensor], share: float, cap: float) -> dict[st
     """
     total = sum(weight.numel() for weight in weights.values())
     count = round(share * total)
-    candidates = []  # of each tensor, as many of its smallest as may go
+    candidates = []  # by tensor, the smallest weights, as many as the cap allows to remove
     for weight in weights.values():
         most = int(cap * weight.numel())
         candidates.append(weight.detach().abs().flatten().sort(stable=True).values[:most])
@@ -89,14 +89,14 @@ def _without(weight: Tensor, count: int) -> Tensor:
 
 
 def uniform(weights: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Return false for the smallest weights of each tensor, the same share of each."""
+    """Return masks without the smallest weights of each tensor, the same share of each."""
     return {
         name: _without(weight, round(share * weight.numel())) for name, weight in weights.items()
     }
 
 
 def read_masks(path: Path, program: Program) -> dict[str, Tensor]:
-    """Read masks by parameter name, zero or false where a weight goes.
+    """Read masks by parameter name; weights at zero or false are removed.
 
     Raises:
         InputError: the file cannot be read, or does not fit the program.

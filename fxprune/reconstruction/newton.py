@@ -1,4 +1,4 @@
-"""Newton's method without its matrix: conjugate gradients, and a step that is never uphill.
+"""Newton's method without a matrix: conjugate gradients, and a line search that only descends.
 
 Vectors are tuples of tensors, one per variable.
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 
 Vector = tuple[Tensor, ...]
 Product = Callable[[Vector], Vector]
-ENOUGH = 1e-4  # the share of the decrease that a linear model promises (Armijo 1966)
-HALVINGS = 8
+ARMIJO_FRACTION = 1e-4  # least decrease, relative to that of the linear model (Armijo 1966)
+MAX_HALVINGS = 8
 
 
 @dataclass(frozen=True)
 class Direction:
-    """What conjugate gradients found: a direction, and in how many steps."""
+    """The direction that conjugate gradients found, and the number of steps."""
 
     vector: Vector
     steps: int
@@ -42,21 +42,21 @@ def conjugate_gradients(
     *,
     damping: float,
     tolerance: float,
-    most: int,
+    max_steps: int,
     precondition: Product | None = None,
 ) -> Direction:
     """Solve ``(H + damping * h * I) d = -g`` roughly, for a descent direction.
 
-    ``h`` is the curvature along the gradient. Where the curvature is negative the search ends: with
-    what has been found so far, or with steepest descent (Steihaug 1983).
+    ``h`` is the curvature along the gradient. If a direction has negative curvature, the search
+    ends and returns the direction so far, or that of steepest descent (Steihaug 1983).
 
     Args:
         product: multiplies by H.
         gradient: g.
         damping: relative to ``h``.
-        tolerance: of the residual, relative to the gradient.
-        most: steps at most.
-        precondition: multiplies by something like the inverse of H.
+        tolerance: residual at which to stop, relative to the gradient.
+        max_steps: largest number of steps.
+        precondition: multiplies by an approximate inverse of H.
 
     """
     precondition = precondition or (lambda vector: vector)
@@ -68,7 +68,7 @@ def conjugate_gradients(
     ready = precondition(residual)
     direction, slope = ready, dot(residual, ready)
     shift: float | None = None
-    for step in range(1, most + 1):
+    for step in range(1, max_steps + 1):
         image = product(direction)
         if shift is None:
             shift = damping * max(dot(direction, image), 0.0) / dot(direction, direction)
@@ -84,26 +84,26 @@ def conjugate_gradients(
         ready = precondition(residual)
         last, slope = slope, dot(residual, ready)
         direction = along(ready, slope / last, direction)
-    return Direction(found, most)
+    return Direction(found, max_steps)
 
 
 def line_search(
     loss: Callable[[Vector], float], here: Vector, at: float, direction: Vector, slope: float
 ) -> tuple[Vector, float] | None:
-    """Return a point down a direction and its loss; None if there is none near enough.
+    """Return a point along a direction with a smaller loss, and its loss; None if none is found.
 
     Args:
-        loss: what has to fall.
-        here: where to start.
+        loss: the function to reduce.
+        here: the starting point.
         at: the loss there.
-        direction: where to go; the first try goes all the way, each further one half as far.
-        slope: what the loss changes by at first, negative.
+        direction: the full step, which is tried first; every further try halves it.
+        slope: the derivative of the loss along the direction, negative.
 
     """
-    for halvings in range(HALVINGS):
+    for halvings in range(MAX_HALVINGS):
         length = 0.5**halvings
         point = along(here, length, direction)
         value = loss(point)
-        if value < at and value <= at + ENOUGH * length * min(slope, 0.0):
+        if value < at and value <= at + ARMIJO_FRACTION * length * min(slope, 0.0):
             return point, value
     return None

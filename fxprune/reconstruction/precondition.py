@@ -1,8 +1,9 @@
-"""A preconditioner for a layer's look ahead: the curvature as if the layer's value were all.
+"""A preconditioner for lookahead: the curvature if the layer's own output were the only one.
 
 For outputs ``y = s * (W x) + b`` the curvature of ``|y|^2`` is, output by output, that of a least
-squares problem: the second moments of ``x`` and of the constant, scaled by ``s``. What follows the
-layer weighs places and outputs otherwise, but the ill-conditioned part is the features'.
+squares problem: the second moments of ``x`` and of the constant, scaled by ``s``. The operations
+after the layer weight positions and outputs differently, but the features make the problem
+ill-conditioned.
 """
 
 from __future__ import annotations
@@ -13,38 +14,38 @@ import torch
 from torch import Tensor
 
 from fxprune.calibration.layer_matrix import Layer, blocks, output_shape, weight_rows
-from fxprune.calibration.least_squares import MOST_FEATURES, factorise
+from fxprune.calibration.least_squares import MAX_FEATURES, factorise
 from fxprune.calibration.moments import Moments
 from fxprune.graph.node_args import argument
 from fxprune.graph.program import Program
 from fxprune.reconstruction.newton import Product, Vector
 from fxprune.reconstruction.region import affine_tail, slope
 
-RIDGE = 1e-3  # relative to the mean square of the features
-LARGEST = 2**26  # elements of all systems together; beyond, only their diagonals are used
+RELATIVE_RIDGE = 1e-3  # relative to the mean square of the features
+MAX_SYSTEM_ELEMENTS = 2**26  # of all systems together; beyond, only their diagonals are used
 
 
 def preconditioner(
     program: Program, layer: Layer, names: tuple[str, ...], keep: Tensor | None, values: Any
 ) -> Product | None:
-    """Return the multiplication by an approximate inverse of the curvature.
+    """Return the product with an approximate inverse of the curvature.
 
     Args:
-        program: what the layer is part of.
+        program: the program that the layer is part of.
         layer: the layer.
-        names: the variables: its weight, and the bias after or before its norm, if there is one.
+        names: the variables: its weight, and its bias or that of its norm, if there is one.
         keep: which weights may change; None for all.
         values: the values before the layer, on one batch.
 
     Returns:
-        None for layers of several calls, transposed convolutions, and too large systems.
+        None for layers with several calls, transposed convolutions, and too large systems.
 
     """
     if not layer.fits or len(layer.calls) > 1 or len(names) > 2:
         return None
     call, weight = layer.node, program.tensor(layer.weight).detach()
     rows = weight_rows(call, weight)
-    if rows.shape[2] > MOST_FEATURES:
+    if rows.shape[2] > MAX_FEATURES:
         return None
     gram = _gram(call, values[argument(call, "input")], rows, bias=len(names) > 1)
     scale = _scale(program, layer, rows, bias=len(names) > 1)
@@ -76,11 +77,11 @@ def _gram(call: Any, value: Tensor, rows: Tensor, *, bias: bool) -> Tensor:
         one = torch.ones_like(mean[:, :1])
         gram = torch.cat([torch.cat([gram, mean], 2), torch.cat([mean.mT, one], 2)], 1)
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    return gram + RIDGE * mean_square.view(-1, 1, 1) * eye
+    return gram + RELATIVE_RIDGE * mean_square.view(-1, 1, 1) * eye
 
 
 def _scale(program: Program, layer: Layer, rows: Tensor, *, bias: bool) -> Tensor:
-    """By how much each variable is multiplied on its way to the output."""
+    """The factor of each variable in the output."""
     groups, outputs, features = rows.shape
     found = rows.new_ones(groups, outputs, features + bias, dtype=torch.float64)
     slopes = slope(program, affine_tail(layer.node)[:2])
@@ -92,12 +93,12 @@ def _scale(program: Program, layer: Layer, rows: Tensor, *, bias: bool) -> Tenso
 
 
 def _solver(gram: Tensor, kept: Tensor) -> Any:
-    """What solves with the kept part of the moments, for each output."""
+    """Return the function that solves with the kept part of the moments, for each output."""
     groups, outputs, size = kept.shape
     if bool(kept.all()):
         factor = factorise(gram)
         return lambda rows: torch.cholesky_solve(rows.mT, factor).mT
-    if groups * outputs * size**2 > LARGEST:
+    if groups * outputs * size**2 > MAX_SYSTEM_ELEMENTS:
         diagonal = gram.diagonal(dim1=1, dim2=2).unsqueeze(1)
         return lambda rows: rows * kept / diagonal
     pairs = kept.unsqueeze(3) & kept.unsqueeze(2)

@@ -1,22 +1,21 @@
 """Layer-wise least squares: weights re-fitted so that values stay those of the dense program.
 
 For a layer, ``r`` is what its value would have to change by for the value at the end of its affine
-tail to be the dense program's at the places that are left (see ``region.affine_tail``): the error
-there, divided by the slope in between. The weights and the bias change by the least-squares
-solution, scaled so that the error on samples held out is smallest; without a bias of its own, a
-layer before a batch norm shifts the norm's running mean instead.
+tail to equal the dense program's at the positions that remain (see ``region.affine_tail``): the
+error there, divided by the slope in between. The weights and the bias change by the least-squares
+solution, scaled so that the error on held-out samples is smallest. If a layer before a batch norm
+has no bias, the norm's running mean is shifted instead.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxprune.calibration.layer_matrix import Layer, Some, blocks, weight_rows
+from fxprune.calibration.layer_matrix import Layer, PositionSample, blocks, weight_rows
 from fxprune.calibration.least_squares import solve
 from fxprune.calibration.moments import Moments
 from fxprune.graph.node_args import argument, packet_of
@@ -34,15 +33,33 @@ from fxprune.reconstruction.region import (
 )
 
 aten = torch.ops.aten
-POSITIONS, PER_FEATURE = 131072, 64
+MIN_POSITIONS, POSITIONS_PER_FEATURE = 131072, 64  # over all samples
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What re-fitting a layer came to: mean square errors at its outputs on samples held out."""
+class LayerResult:
+    """The result of reconstructing one layer.
 
+    Attributes:
+        layer: the name of its weight.
+        until: the last value that was compared with the dense program's.
+        before: the error on held-out samples. Without lookahead a mean square at the layer's
+            output; with lookahead half the sum, over outputs, of mean squares relative to the dense
+            values.
+        after: the same with the new weights.
+        seconds: the time taken.
+        cg_steps: the number of conjugate-gradient steps.
+        peak_gib: peak memory of the process so far, in GiB; None where it is unknown.
+
+    """
+
+    layer: str
+    until: str
     before: float
     after: float
+    seconds: float = 0.0
+    cg_steps: int = 0
+    peak_gib: float | None = None
 
 
 class Refit:
@@ -52,8 +69,9 @@ class Refit:
         program: what the layer is part of.
         region: the layer, and the ends of its calls' affine tails.
         keep: which of the weights may differ from zero; None for all.
-        samples: how many there will be; of the many positions of large images some are drawn, at
-            least ``POSITIONS``, and ``PER_FEATURE`` for each weight of an output.
+        samples: the number of samples that will be added. Of the many positions of large images a
+            random part is used: at least ``MIN_POSITIONS`` over all samples, and
+            ``POSITIONS_PER_FEATURE`` for each weight of an output.
 
     """
 
@@ -62,9 +80,13 @@ class Refit:
     ) -> None:
         self.program, self.region, self.layer = program, region, region.layer
         self._keep = keep
-        positions = max(POSITIONS, PER_FEATURE * program.tensor(self.layer.weight)[0].numel())
-        self._some = Some(-(-positions // samples), torch.Generator().manual_seed(0))
-        self._tails = [_until(affine_tail(call), region.outputs) for call in self.layer.calls]
+        features = program.tensor(self.layer.weight)[0].numel()
+        positions = max(MIN_POSITIONS, POSITIONS_PER_FEATURE * features)
+        self._sample = PositionSample(-(-positions // samples), torch.Generator().manual_seed(0))
+        self._tails = []  # each up to its last value among the outputs
+        for tail in map(affine_tail, self.layer.calls):
+            last = max(number for number, node in enumerate(tail) if node in region.outputs)
+            self._tails.append(tail[: last + 1])
         self._slopes = [slope(program, tail) for tail in self._tails]
         self._moments: dict[bool, Moments] = {}
 
@@ -76,14 +98,14 @@ class Refit:
             error = own_channels(tail, target[tail[-1]] - values[tail[-1]])
             if scale is not None:
                 error = error / along_channels(call, scale).to(error.dtype)
-            for x, r in blocks(call, values[argument(call, "input")], error, self._some):
+            for x, r in blocks(call, values[argument(call, "input")], error, self._sample):
                 if held_out not in self._moments:
                     empty = Moments.zeros(x.shape[0], x.shape[1], r.shape[1], x.device)
                     self._moments[held_out] = empty
                 self._moments[held_out].add(x, r)
 
-    def apply(self, ridge: float) -> Fit | None:
-        """Change the weights and the bias; returns None where there is nothing to mend."""
+    def apply(self, ridge: float) -> LayerResult | None:
+        """Change the weights and the bias; return None where there is no error to reduce."""
         fitted = self._moments[False]
         judge = self._moments.get(True, fitted)
         if not float(fitted.energy.sum()):
@@ -94,26 +116,27 @@ class Refit:
         size = judge.best_step(change, shift)  # groups x outputs
         change, shift = change * size.unsqueeze(2), shift * size
         zero = torch.zeros_like(change), torch.zeros_like(shift)
-        before, after = (self._error(judge, *moved) for moved in (zero, (change, shift)))
+        before, after = (self._error(judge, *step) for step in (zero, (change, shift)))
+        name, until = self.layer.weight, self.region.outputs[-1].name
         if not after < before:
-            return Fit(before, before)
+            return LayerResult(name, until, before, before)
         weight = self.program.tensor(self.layer.weight).detach()
         moved = weight.double() + change.flatten(0, 1).view(weight.shape)
         set_tensor(self.program, self.layer.weight, moved.to(weight.dtype))
-        for name, sign, where in absorbers:
-            value = self.program.tensor(name).detach().clone()
+        for absorber, sign, where in absorbers:
+            value = self.program.tensor(absorber).detach().clone()
             value[where] = (value[where].double() + sign * shift.view(-1)).to(value.dtype)
-            set_tensor(self.program, name, value)
-        return Fit(before, after)
+            set_tensor(self.program, absorber, value)
+        return LayerResult(name, until, before, after)
 
     def error(self, frontier: Values, wanted: list[Tensor]) -> float:
-        """Return the sum of squared errors at the outputs for one batch, as weights are now."""
+        """Return the sum of squared errors at the outputs for one batch and the current weights."""
         values = self.region.run(self.program, frontier, {})
         pairs = zip(self.region.outputs, wanted, strict=True)
         return sum(float((values[node] - value).double().square().sum()) for node, value in pairs)
 
     def stored(self) -> dict[str, Tensor]:
-        """Return the tensors that ``apply`` changes, as they are."""
+        """Return the current values of the tensors that ``apply`` changes."""
         names = [self.layer.weight, *(name for name, *_ in _absorbers(self.program, self.layer))]
         return {name: self.program.tensor(name).detach() for name in names}
 
@@ -125,26 +148,18 @@ class Refit:
         return float(loss.mean()) / moments.count
 
 
-def _until(tail: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
-    """The tail as far as its last value that is among the outputs."""
-    last = max(number for number, node in enumerate(tail) if node in outputs)
-    return tail[: last + 1]
-
-
-def _passes_channels(node: fx.Node) -> bool:
-    """Whether a call leaves channels as they are."""
-    return operator_of(node).identity or packet_of(node) is aten.cat
-
-
 def _absorbers(program: Program, layer: Layer) -> list[tuple[str, float, slice]]:
-    """The tensors that take up a shift of the layer's value, with which sign, and where."""
+    """The tensors that absorb a shift of the layer's value, with its sign and its position."""
     if layer.bias is not None:
         return [(layer.bias, 1.0, slice(None))]
     found = []
     for call in layer.calls:
         tail = affine_tail(call)
-        moved = itertools.takewhile(_passes_channels, tail[1:])
-        until = 1 + len(list(moved))
+        until = 1
+        while until < len(tail) and (
+            operator_of(tail[until]).identity or packet_of(tail[until]) is aten.cat
+        ):
+            until += 1
         if until == len(tail) or packet_of(tail[until]) is not aten.batch_norm:
             return []
         mean: Any = tail[until].args[3]

@@ -1,8 +1,8 @@
-"""The part of a program that a layer's reconstruction looks at, cut out of the graph.
+"""The part of a program that is computed to reconstruct a layer.
 
-A region begins at a layer's calls and ends some operations later. What it needs from elsewhere, a
-shortcut for instance, it reads from the frontier of a walk that stands just before the layer, or
-computes from that. Its outputs are values that the dense program has as well.
+A region begins at a layer's calls and ends some operations later. Other values that it needs, such
+as a shortcut, are read from an incremental run that has stopped just before the layer, or computed
+from its values. The outputs of a region are values that the dense program has as well.
 """
 
 from __future__ import annotations
@@ -23,60 +23,60 @@ from fxprune.graph.program import Program
 from fxprune.reconstruction.incremental_run import Values, compute
 
 aten = torch.ops.aten
-SMALL = 1e-6  # a norm's scale under which a channel says nothing about the layer before it
+MIN_NORM_SCALE = 1e-6  # below this, a channel's value hardly depends on the layer before the norm
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """Some operations from a layer on.
+    """A layer and some of the operations after it.
 
     Attributes:
-        layer: where it begins.
-        nodes: what has to run, in graph order.
-        outputs: what is to stay as in the dense program, in graph order.
-        forms: what is called instead of a node's operator, which has too few derivatives.
+        layer: the layer that it begins with.
+        nodes: the nodes to run, in graph order.
+        outputs: the nodes whose values are compared with the dense program's, in graph order.
+        wanted: the dense program's nodes for the outputs.
+        forms: functions to call instead of the operators of nodes that lack derivatives.
 
     """
 
     layer: Layer
     nodes: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
+    wanted: tuple[fx.Node, ...] = ()
     forms: Mapping[fx.Node, Callable[..., Any]] = field(default_factory=dict)
 
     def run(self, program: Program, frontier: Values, given: Mapping[str, Tensor]) -> Values:
-        """Return the frontier and what the region makes of it, with other stored tensors."""
+        """Return the values before the region and in it; ``given`` replaces stored tensors."""
         values = dict(frontier)
         for node in self.nodes:
             values[node] = compute(program, node, values, given, self.forms.get(node))
         return values
 
 
-def comparable(program: Program, dense: Program) -> frozenset[fx.Node]:
-    """Return the nodes that compute what the dense node of their name does, for the same readers.
+def comparable(program: Program, dense: Program) -> dict[fx.Node, fx.Node]:
+    """Return the dense node for every node that computes the same for the same readers.
 
-    Readers matter because a pass may leave a node its name and give it another meaning: where a
-    norm was folded away, the layer before it has the norm's readers.
+    Readers matter because a pass may keep a node's name and give it another meaning: where a norm
+    was folded away, the layer before it has the norm's readers.
     """
     named = {node.name: node for node in dense.graph.nodes}
-    return frozenset(
-        node
-        for node in program.graph.nodes
-        if (other := named.get(node.name)) is not None
-        and (node.target == other.target or _implanted(node, other))
-        and {user.name for user in node.users} == {user.name for user in other.users}
-    )
-
-
-def _implanted(node: fx.Node, other: fx.Node) -> bool:
-    """Whether a concat stands where the dense program has a layer, as implants leave it."""
-    return packet_of(node) is aten.cat and operator_of(other).is_layer
+    found = {}
+    for node in program.graph.nodes:
+        other = named.get(node.name)
+        if other is None or {x.name for x in node.users} != {x.name for x in other.users}:
+            continue
+        # An implant turns the dense program's layer into a concat.
+        implanted = packet_of(node) is aten.cat and operator_of(other).is_layer
+        if node.target == other.target or implanted:
+            found[node] = other
+    return found
 
 
 def affine_tail(call: fx.Node) -> tuple[fx.Node, ...]:
-    """Return a call and what follows it as long as that is affine in each of its channels.
+    """Return a call and the nodes after it that are affine in each of its channels.
 
-    Batch norms in evaluation mode, sums and concats along channels: where only they lie between a
-    layer and a value, the layer's best weights for that value are a least-squares problem.
+    These are batch norms in evaluation mode, sums, and concats along channels. If only they lie
+    between a layer and a value, the best weights for that value solve a least-squares problem.
     """
     chain = [call]
     while len(chain[-1].users) == 1:
@@ -106,7 +106,7 @@ def _is_affine(call: fx.Node, source: fx.Node, user: fx.Node) -> bool:
 
 
 def channels(chain: tuple[fx.Node, ...]) -> slice:
-    """Return which channels of an affine tail's last value are those of its call."""
+    """Return which channels of an affine tail's last value depend on its call."""
     axis, start = channel_axis(chain[0]), 0
     for source, node in itertools.pairwise(chain):
         if packet_of(node) is aten.cat:
@@ -116,36 +116,32 @@ def channels(chain: tuple[fx.Node, ...]) -> slice:
 
 
 def own_channels(chain: tuple[fx.Node, ...], value: Tensor) -> Tensor:
-    """Return the part of the tail's last value that its call has a share in."""
+    """Return the channels of a value at the tail's end that depend on its call."""
     own = channels(chain)
     return value.narrow(channel_axis(chain[0]), own.start, own.stop - own.start)
 
 
 def slope(program: Program, chain: tuple[fx.Node, ...]) -> Tensor | None:
-    """Return by what each channel is multiplied along an affine tail; None for one everywhere.
+    """Return the factor of each channel along an affine tail; None if all are one.
 
-    A channel whose value hardly depends on the layer has the slope infinity, so that dividing by
-    it asks nothing of the layer.
+    For a channel whose value hardly depends on the layer the factor is infinite, so that the error
+    divided by it is zero.
     """
     found: Tensor | None = None
     for number, node in enumerate(chain):
         if packet_of(node) is not aten.batch_norm:
             continue
-        gamma, _, _, variance = (_stored(program, item) for item in node.args[1:5])
-        assert variance is not None
+        gamma, variance = (
+            program.tensor(str(item.target)).detach().double() if isinstance(item, fx.Node) else 1.0
+            for item in (node.args[1], node.args[4])
+        )
         eps: Any = node.args[7]
-        scale = (variance + eps).rsqrt() * (1.0 if gamma is None else gamma)
+        scale = (variance + eps).rsqrt() * gamma
         scale = scale[channels(chain[: number + 1])]
         found = scale if found is None else found * scale
     if found is None:
         return None
-    return torch.where(found.abs() < SMALL, torch.inf, found)
-
-
-def _stored(program: Program, item: Any) -> Tensor | None:
-    if not isinstance(item, fx.Node):
-        return None
-    return program.tensor(str(item.target)).detach().double()
+    return torch.where(found.abs() < MIN_NORM_SCALE, torch.inf, found)
 
 
 def along_channels(call: fx.Node, values: Tensor) -> Tensor:
@@ -154,18 +150,18 @@ def along_channels(call: fx.Node, values: Tensor) -> Tensor:
 
 
 def cut(
-    layer: Layer, lookahead: int, usable: frozenset[fx.Node], *, raw: bool = False
+    layer: Layer, lookahead: int, usable: Mapping[fx.Node, fx.Node], *, raw: bool = False
 ) -> Region | None:
-    """Cut the region that goes some operations beyond a layer's last call.
+    """Return the region from a layer to some operations after its last call.
 
     Args:
-        layer: where it begins.
-        lookahead: how many operations it goes on, data movement aside; with none, to the end of
-            the affine tail of every call.
-        usable: values that can be compared with the dense program's.
-        raw: look at values before batch norms too. Their channels may differ by orders of
-            magnitude, which the norm makes alike, so that few of them would count; without this,
-            the norm's own value is looked at instead.
+        layer: the layer that the region begins with.
+        lookahead: number of operations after the layer, without data movement; with 0, the region
+            ends with the affine tail of every call.
+        usable: by node, the dense node that its value can be compared with.
+        raw: compare values before batch norms too. Their channels may differ by orders of
+            magnitude, so that few of them count; without this, the norm's output is compared
+            instead.
 
     Returns:
         The region, or None if it has no value that can be compared.
@@ -173,14 +169,26 @@ def cut(
     """
     if lookahead:
         outputs = _following(layer, lookahead)
-        outputs = outputs if raw else [_normed(node) for node in outputs]
+        if not raw:  # the output of a batch norm stands for its input, if nothing else reads that
+            users = [tuple(node.users) for node in outputs]
+            outputs = [
+                readers[0]
+                if len(readers) == 1
+                and packet_of(readers[0]) is aten.batch_norm
+                and readers[0].args[0] is node
+                else node
+                for node, readers in zip(outputs, users, strict=True)
+            ]
     else:
         tails = [[node for node in affine_tail(call) if node in usable] for call in layer.calls]
         outputs = [tail[-1] for tail in tails if tail]
         if len(outputs) < len(layer.calls):
             return None
     outputs = [node for node in dict.fromkeys(outputs) if node in usable]
-    return Region(layer, _needed(layer, outputs), tuple(outputs)) if outputs else None
+    if not outputs:
+        return None
+    wanted = tuple(usable[node] for node in outputs)
+    return Region(layer, _needed(layer, outputs), tuple(outputs), wanted)
 
 
 def _following(layer: Layer, lookahead: int) -> list[fx.Node]:
@@ -192,32 +200,17 @@ def _following(layer: Layer, lookahead: int) -> list[fx.Node]:
         if node.op != "call_function" or not below.intersection(node.all_input_nodes):
             continue
         below.add(node)
-        if _computes_nothing(node) or not _has_slopes(node.meta.get("val")):
+        value, known = node.meta.get("val"), operator_of(node)
+        moves = known.moves_data or known.identity or known.kind == "cast"
+        if moves or node.target is operator.getitem or not isinstance(value, Tensor):
+            continue
+        if not (value.is_floating_point() or value.is_complex()):
             continue
         found.append(node)
         beyond += not calls
         if beyond >= lookahead:
             break
     return [node for node in (layer.node, *_onwards(layer.node)) if node in found]
-
-
-def _has_slopes(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _computes_nothing(node: fx.Node) -> bool:
-    """Whether a call is no operation to look ahead."""
-    known = operator_of(node)
-    moves = known.moves_data or known.identity or known.kind == "cast"
-    return moves or node.target is operator.getitem
-
-
-def _normed(node: fx.Node) -> fx.Node:
-    """The batch norm behind a node that nothing else reads, or the node itself."""
-    match list(node.users):
-        case [user] if packet_of(user) is aten.batch_norm and user.args[0] is node:
-            return user
-    return node
 
 
 def _onwards(node: fx.Node) -> Iterator[fx.Node]:
@@ -229,7 +222,7 @@ def _onwards(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _needed(layer: Layer, outputs: list[fx.Node]) -> tuple[fx.Node, ...]:
-    """What has to run for the outputs, given all values before the layer."""
+    """The nodes that the outputs depend on, from the layer's first call on."""
     after = [layer.node, *_onwards(layer.node)]
     open_nodes = set(outputs)
     needed = []
