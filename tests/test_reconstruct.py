@@ -258,7 +258,7 @@ def test_only_what_is_named_is_mended() -> None:
 
 def test_batches_shrink_to_the_memory() -> None:
     sizes = []
-    for memory in (4.0, 2e-3, 0.0):
+    for memory in (4.0, 3e-4, 0.0):
         program, context = given(Net())
         Sparsify(pattern="uniform", sparsity=0.6)(program, context)
         step = Reconstruct(samples=32, lookahead=3, steps=1, only=("mix",), memory_gib=memory)

@@ -109,9 +109,8 @@ def blocks(
         sample: which positions to take; None for all.
 
     Yields:
-        groups x features x positions: what each output of the group weighs; the product of
-        ``weight_rows`` with it is the call's value without its bias.
-        groups x outputs per group x positions: the call's value.
+        The input, groups x features x positions, and the value, groups x outputs per group x
+        positions. ``weight_rows`` times the input is the value without its bias.
 
     """
     if packet_of(node) is aten.linear:
