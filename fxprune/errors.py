@@ -21,6 +21,10 @@ class TraceError(InputError):
     """The model cannot be captured as a graph."""
 
 
+class ExportError(InputError):
+    """The model cannot be written as ONNX, or ONNX Runtime cannot run it."""
+
+
 class OrderError(InputError):
     """A pipeline's passes are in an order that cannot work."""
 

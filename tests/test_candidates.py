@@ -12,7 +12,6 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import InputError
-from fxprune.graph.program import Program
 from fxprune.onnx.benchmark import Latency
 from fxprune.onnx.export import ExportCheck
 from fxprune.onnx.quantized_nodes import is_quantized
@@ -23,7 +22,7 @@ from fxprune.report.content import Check
 from fxprune.report.precision import Precision
 from fxprune.run.candidates import Measured, Measurements, choose
 from fxprune.run.compile import Result
-from fxprune.run.measure import Emission, emit
+from fxprune.run.measure import Emission, Exported, time_files
 from fxprune.training.evaluate import Evaluation
 
 PROGRAM: Any = object()  # nothing looks at it
@@ -71,7 +70,7 @@ def test_int8_is_kept_if_it_is_faster_and_as_accurate() -> None:
         (chosen(accuracy=0.89), "INT8 loses 1.00 percentage points more accuracy"),
         (
             chosen(accuracy=0.897, lowest=0.899),
-            "INT8 loses 0.30 percentage points more accuracy, beyond max-drop",
+            "INT8 loses 0.30 percentage points more accuracy, which exceeds max-drop",
         ),
         (chosen(failed=("int8_fused",)), "INT8 failed the check int8_fused"),
     ],
@@ -96,16 +95,16 @@ def test_without_fp32_there_is_no_comparison() -> None:
 
 def compiled(model: nn.Module, monkeypatch: pytest.MonkeyPatch, pace: float, **more: Any) -> Result:
     """Compile with the default pipeline, INT8 being so many times as fast."""
-    real = emit
+    real = time_files
 
-    def hurried(programs: dict[str, Program], *rest: Any) -> dict[str, Emission]:
-        found = real(programs, *rest)
+    def hurried(files: dict[str, Exported], *rest: Any) -> dict[str, Emission]:
+        found = real(files, *rest)
         if "int8" in found:
             times = replace(found["fp32"].latency, speedup=pace * found["fp32"].latency.speedup)
             found["int8"] = replace(found["int8"], latency=times)
         return found
 
-    monkeypatch.setattr("fxprune.run.candidates.emit", hurried)
+    monkeypatch.setattr("fxprune.run.candidates.time_files", hurried)
     torch.manual_seed(0)
     x = torch.randn(96, 3, 8, 8)
     with torch.no_grad():

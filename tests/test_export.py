@@ -83,12 +83,12 @@ def test_initialisers_shrink_and_the_batch_stays_dynamic(tmp_path: Path) -> None
 
 
 def test_a_wrong_file_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(program: Program, path: Path) -> None:
+    def half(program: Program, path: Path, extras: tuple[str, ...] = ()) -> None:
         other = program.copy()
         with torch.no_grad():
             for tensor in other.graph_module.parameters():
                 tensor.mul_(0.5)
-        write(other, path)
+        write(other, path, extras)
 
     write = fxprune.onnx.export._write
     monkeypatch.setattr("fxprune.onnx.export._write", half)

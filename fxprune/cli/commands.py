@@ -178,6 +178,12 @@ def compile_command(
             help="check on random units that removing them equals zeroing them (default: on)"
         ),
     ] = None,
+    onnx: Annotated[
+        bool | None,
+        typer.Option(
+            help="write model.onnx, and compare and time it in ONNX Runtime (default: on)"
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="continue an interrupted run in the same folder")
     ] = False,

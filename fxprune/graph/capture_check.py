@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.errors import TraceError
-from fxprune.graph.comparison import relative_error, worst_error
+from fxprune.graph.comparison import worst_error
 from fxprune.graph.draws import FixedDraws
 from fxprune.graph.functionalize import state_kept, state_of
+from fxprune.graph.module_outputs import first_differing_module
 from fxprune.graph.precision import in_double, widened
 from fxprune.graph.program import Program, owner_of
 
@@ -273,45 +274,8 @@ def _complaint(
 def _first_module(
     model: nn.Module, program: Program, inputs: Inputs, *, training: bool
 ) -> str | None:
-    """Name the first module, in the order in which they finish, whose output differs."""
     limit = LIMITS.get(_dtype(program), LIMIT)
     with _twins(model, program, training=training) as (left, right):
-        outputs: dict[str, Any] = {}
-        for name, module in left.named_modules():
-            module.register_forward_hook(_recorder(outputs, name))
-        try:
-            left(*_fresh(inputs))
-            values = _last_values(right, inputs)
-        except Exception:
+        if left is model:  # it could not be copied, and must not keep the hooks
             return None
-    for name, output in outputs.items():
-        if isinstance(output, Tensor) and isinstance(value := values.get(name), Tensor):
-            same_shape = value.shape == output.shape
-            if name and same_shape and not relative_error(output, value) <= limit:
-                return name
-    return None
-
-
-def _recorder(outputs: dict[str, Any], name: str) -> Any:
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        if name not in outputs:
-            outputs[name] = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), output)
-
-    return record
-
-
-def _last_values(program: Program, inputs: Inputs) -> dict[str, Any]:
-    """Run a program; return, by the path of a module, the last value of its first call."""
-    found: dict[str, Any] = {}
-
-    class Recording(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            for key, (path, _) in (n.meta.get("nn_module_stack") or {}).items():
-                if "@" not in str(key):
-                    found[str(path)] = value
-            return value
-
-    leaves = pytree.tree_leaves(_fresh(inputs))
-    Recording(program.graph_module).run(*leaves, enable_io_processing=False)
-    return found
+        return first_differing_module(left, right, _fresh(inputs), limit)

@@ -110,6 +110,16 @@ def settle_rewritten_weights(program: Program) -> int:
     return count
 
 
+def constant_value(program: Program, node: fx.Node) -> Tensor | None:
+    """Return what a node computes if stored tensors alone decide it; None if anything else does."""
+    if not _depends_on_tensors(node) or any(
+        str(source.target) in state_of(program) for source in _sources(node)
+    ):
+        return None
+    value = _evaluate(program, node, {})
+    return value if isinstance(value, Tensor) else None
+
+
 def _depends_on_tensors(value: fx.Node) -> bool:
     """Whether a value can be computed from stored tensors alone, and again at any time."""
     return all(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.graph.computed_weights import constant_value
 from fxprune.graph.node_args import argument, arguments
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import insert_call, replace_node
@@ -18,8 +19,8 @@ aten = torch.ops.aten
 def spell_attention(program: Program) -> int:
     """Write attention as products and a softmax: the exporter's own decomposition fails on some.
 
-    ``softmax(q k' * scale + mask) v``, exact for additive and boolean masks, causal ones, and
-    query heads that share keys. Returns how many there were.
+    ``softmax(q k' * scale + mask) v``, exact for additive and boolean masks, causal ones, query
+    heads that share keys, and queries that may see no key. Returns how many there were.
     """
     target = aten.scaled_dot_product_attention.default
     found = [node for node in program.graph.nodes if node.target is target]
@@ -50,14 +51,44 @@ def _spell_one(program: Program, node: fx.Node) -> None:
         program.graph_module.register_buffer(name, blocked.to(query.meta["val"].dtype))
         with program.graph.inserting_before(node):
             mask = program.graph.get_attr(name)
-    elif isinstance(mask, fx.Node) and mask.meta["val"].dtype == torch.bool:
-        hidden = call(aten.logical_not.default, mask)
-        zeros = call(aten.zeros_like.default, scores)
-        mask = call(aten.masked_fill.Scalar, zeros, hidden, -math.inf)
+    seen = None
+    if isinstance(mask, fx.Node) and not given["is_causal"]:
+        mask, seen = _finite_mask(program, node, mask, scores)
     if mask is not None:
         scores = call(aten.add.Tensor, scores, mask)
     weights = call(aten.softmax.int, scores, -1)
-    replace_node(program, node, call(aten.matmul.default, weights, value))
+    result = call(aten.matmul.default, weights, value)
+    if seen is not None:
+        zero = call(aten.zeros_like.default, result)
+        result = call(aten.where.self, seen, result, zero)
+    replace_node(program, node, result)
+
+
+def _finite_mask(
+    program: Program, node: fx.Node, mask: fx.Node, scores: fx.Node
+) -> tuple[fx.Node, fx.Node | None]:
+    """Return an additive mask without infinities, and which queries may see any key.
+
+    Attention gives zeros where a query may see none, as in a row that is all padding; the softmax
+    of a row of infinities is NaN. The second value is None if it is known that there is no such
+    row.
+    """
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        return insert_call(program, node, target, args)
+
+    dtype, constant = mask.meta["val"].dtype, constant_value(program, mask)
+    low = torch.finfo(node.meta["val"].dtype).min / 2
+    if dtype == torch.bool:
+        sees_all = constant is not None and bool(constant.any(-1).all())
+        seen = None if sees_all else call(aten.any.dim, mask, -1, True)
+        hidden = call(aten.logical_not.default, mask)
+        zeros = call(aten.zeros_like.default, scores)
+        return call(aten.masked_fill.Scalar, zeros, hidden, low), seen
+    if constant is not None and bool(constant.amax(-1).gt(-math.inf).all()):
+        return mask, None
+    seen = call(aten.gt.Scalar, call(aten.amax.default, mask, [-1], True), low)
+    return call(aten.clamp.default, mask, low), seen
 
 
 def spell_clamps(program: Program) -> int:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from google.protobuf.message import EncodeError
 from torch import Tensor, fx
@@ -20,19 +16,22 @@ from torch.export import Dim
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from fxprune.errors import PostconditionError
+from fxprune.errors import ExportError, PostconditionError
 from fxprune.files import replacing
-from fxprune.graph.comparison import relative_error
+from fxprune.graph.capture_check import other_batch
 from fxprune.graph.decompose import spell_attention, spell_clamps
-from fxprune.graph.precision import in_double, widened
+from fxprune.graph.precision import in_double, in_single, narrowed, widened
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import insert_call, replace_node
+from fxprune.onnx.explain import WITHOUT, explained, refuse_state, unusual_types
 from fxprune.onnx.quantized_nodes import (
     GLOBAL_AVERAGE,
     TRANSLATIONS,
     is_quantized,
     shield_floats,
 )
+from fxprune.onnx.random_draws import draws, with_fixed_draws
+from fxprune.onnx.runtime import apart, feeds, quiet, run, session_of
 from fxprune.onnx.runtime_operators import RUNTIME_TRANSLATIONS, use_runtime_operators
 from fxprune.onnx.trim import trim
 
@@ -66,50 +65,129 @@ class ExportCheck:
 
 
 def export_onnx(
-    program: Program, path: str | Path, *, check: bool = True, standard: bool = False
+    program: Program,
+    path: str | Path,
+    *,
+    check: bool = True,
+    standard: bool = False,
+    samples: Sequence[tuple[Any, ...]] = (),
 ) -> ExportCheck:
     """Write a program as ONNX; the file appears only when it is complete and checked.
 
     The batch dimension is dynamic if the program's is. Weights are in the file itself unless they
-    exceed 2 GiB.
+    exceed 2 GiB. What ONNX Runtime cannot run in half or double precision is written in FP32.
 
     Args:
         program: the program to write; it does not change.
         path: path of the ONNX file.
         check: compare ONNX Runtime with PyTorch on the example inputs and, if the batch is
-            dynamic, on another batch size.
+            dynamic, on another batch size. A program that draws random numbers is compared on
+            fixed draws.
+        samples: inputs of further calls to compare.
         standard: use only operators of the ONNX standard; without it, INT8 programs may use faster
             ones of ONNX Runtime, which the file's metadata lists as ``fxprune.beyond_standard``.
 
     Raises:
+        ExportError: the program cannot be written as ONNX or run in ONNX Runtime; the message
+            says why and what to do.
         PostconditionError: ONNX Runtime's outputs differ by more than ``parity_limit``, and by
             more than ONNX Runtime's with and without fused operators.
 
     """
-    path = Path(path)
+    refuse_state(program)
+    path, (ready, extras) = Path(path), _spelled(program, standard=standard)
+    try:
+        return _export(ready, path, extras, samples, check=check)
+    except ExportError:
+        if not (names := unusual_types(ready)):
+            raise
+    samples = [narrowed(one) for one in samples]
+    found = _export(in_single(ready), path, extras, samples, check=check)
+    note = f"the file computes in FP32: ONNX Runtime cannot run the model in {names}"
+    return replace(found, note=note)
+
+
+def _export(
+    ready: Program,
+    path: Path,
+    extras: tuple[str, ...],
+    samples: Sequence[tuple[Any, ...]],
+    *,
+    check: bool,
+) -> ExportCheck:
+    """Write a file beside its place, check it, and rename it into place."""
+    with replacing(path) as staging:
+        with explained(ready):
+            _write(ready, staging, extras)
+            size = sum(part.stat().st_size for part in staging.parent.iterdir())
+            found = _checked(ready, staging, samples) if check else ExportCheck(None, 0)
+        if found.parity is not None and not found.parity <= found.limit:
+            raise PostconditionError(_difference(found, path))
+    return replace(found, onnx_bytes=size, beyond_standard=extras)
+
+
+def _difference(found: ExportCheck, path: Path) -> str:
+    by = f"by {found.parity:.2e} of the largest value (limit {found.limit:g})"
+    if found.parity == math.inf:
+        by = "in which values are NaN or infinite, or in shape"
+    return (
+        f"ONNX Runtime's output differs from PyTorch's {by}, so {path} was not written; this is a "
+        f"bug: please report it with the model; {WITHOUT}"
+    )
+
+
+def _spelled(program: Program, *, standard: bool) -> tuple[Program, tuple[str, ...]]:
+    """Return a copy on the CPU, in evaluation mode, in the operators that the exporter knows.
+
+    The second value names those beyond the ONNX standard.
+    """
     ready = program.copy().to("cpu").eval()
     spell_attention(ready)
     spell_clamps(ready)
     _spell_averages(ready)
+    ready.refresh()
     _return_tensors_alone(ready)
     shield_floats(ready)
     extras = () if standard else use_runtime_operators(ready)
     ready.refresh()
-    with replacing(path) as staging:
-        with _quiet():
-            _write(ready, staging, extras)
-        parity = _parity(ready, staging) if check else None
-        limit, note = parity_limit(ready), None
-        if parity is not None and not parity <= limit:
-            limit, note = _widened_limit(ready, staging, limit)
-        if parity is not None and not parity <= limit:
-            raise PostconditionError(
-                f"ONNX Runtime's output differs from PyTorch's by {parity:.2e} of the largest "
-                f"value (limit {limit:g}), so {path} was not written; this is a bug: please report "
-                "it with the model"
-            )
-        size = sum(part.stat().st_size for part in staging.parent.iterdir())
-    return ExportCheck(parity, size, limit, note, extras)
+    return ready, extras
+
+
+def _checked(program: Program, path: Path, samples: Sequence[tuple[Any, ...]]) -> ExportCheck:
+    """Compare ONNX Runtime with PyTorch, on fixed draws if the program draws random numbers."""
+    if not draws(program):
+        return _compared(program, path, samples)
+    session_of(path)
+    fixed = with_fixed_draws(program)
+    if fixed is None:
+        return ExportCheck(None, 0, note="the model draws random numbers")
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        other = Path(scratch) / path.name
+        _write(fixed, other)
+        found = _compared(fixed, other, samples)
+    return replace(found, note=found.note or "compared on fixed random draws")
+
+
+def _compared(program: Program, path: Path, samples: Sequence[tuple[Any, ...]]) -> ExportCheck:
+    parity, limit = _parity(program, path, samples), parity_limit(program)
+    if parity <= limit:
+        return ExportCheck(parity, 0, limit)
+    return ExportCheck(parity, 0, *_widened_limit(program, path, limit, samples))
+
+
+def _parity(program: Program, path: Path, samples: Sequence[tuple[Any, ...]] = ()) -> float:
+    """The largest relative difference of ONNX Runtime from PyTorch."""
+    session = session_of(path)
+    return max(
+        apart(run(program, inputs), session.run(None, feeds(session, inputs)))
+        for inputs in _calls(program, samples)
+    )
+
+
+def _calls(program: Program, samples: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """The example inputs, further ones, and inputs of another size if sizes are dynamic."""
+    other = other_batch(program, program.example_inputs)
+    return [program.example_inputs, *samples, *([] if other is None else [other])]
 
 
 def parity_limit(program: Program) -> float:
@@ -121,22 +199,24 @@ def parity_limit(program: Program) -> float:
     return QUANTIZED_PARITY_LIMIT if is_quantized(program) else PARITY_LIMIT
 
 
-def _widened_limit(program: Program, path: Path, limit: float) -> tuple[float, str | None]:
+def _widened_limit(
+    program: Program, path: Path, limit: float, samples: Sequence[tuple[Any, ...]]
+) -> tuple[float, str | None]:
     """Return a wider limit if the program's outputs are numerically less certain, and the reason.
 
     If a last bit changes an 8-bit value by a whole step, or large values cancel, ONNX Runtime also
     differs from itself without fused operators, and FP32 differs from double precision.
     """
-    plain, fused = _session(path, fused=False), _session(path)
-    batches = program.example_inputs, _doubled(program)[0]
+    plain, fused = session_of(path, fused=False), session_of(path)
+    batches = _calls(program, samples)
     own = max(
-        _apart(plain.run(None, feeds(plain, inputs)), fused.run(None, feeds(fused, inputs)))
+        apart(plain.run(None, feeds(plain, inputs)), fused.run(None, feeds(fused, inputs)))
         for inputs in batches
     )
     note = f"ONNX Runtime with fused operators differs by {own:.1e} from itself without them"
     if not is_quantized(program):
         double = in_double(program)
-        rounding = max(_apart(_run(double, widened(one)), _run(program, one)) for one in batches)
+        rounding = max(apart(run(double, widened(one)), run(program, one)) for one in batches)
         if rounding > own:
             own, note = rounding, f"FP32 differs by {rounding:.1e} from double precision"
     if not limit < RUNTIME_FACTOR * own < math.inf:
@@ -144,24 +224,19 @@ def _widened_limit(program: Program, path: Path, limit: float) -> tuple[float, s
     return RUNTIME_FACTOR * own, note
 
 
-def _run(program: Program, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """Return the tensors that a program returns."""
-    with torch.no_grad():
-        return [t for t in pytree.tree_leaves(program(*inputs)) if isinstance(t, Tensor)]
-
-
 def _write(program: Program, path: Path, extras: tuple[str, ...] = ()) -> None:
     inputs, shapes = _doubled(program)
     weights = sum(t.numel() * t.element_size() for t in program.graph_module.state_dict().values())
-    onnx_program = torch.onnx.export(
-        program.graph_module,
-        (*inputs, {}),  # a last dictionary is taken for keyword arguments
-        dynamo=True,
-        dynamic_shapes=shapes,
-        verbose=False,
-        external_data=weights > ONE_FILE_LIMIT,
-        custom_translation_table={**TRANSLATIONS, **RUNTIME_TRANSLATIONS},
-    )
+    with quiet():
+        onnx_program = torch.onnx.export(
+            program.graph_module,
+            (*inputs, {}),  # a last dictionary is taken for keyword arguments
+            dynamo=True,
+            dynamic_shapes=shapes,
+            verbose=False,
+            external_data=weights > ONE_FILE_LIMIT,
+            custom_translation_table={**TRANSLATIONS, **RUNTIME_TRANSLATIONS},
+        )
     assert onnx_program is not None
     trim(onnx_program.model)
     if extras:
@@ -191,51 +266,6 @@ def _doubled(program: Program) -> tuple[tuple[Any, ...], Any]:
         shapes.append(dict.fromkeys(dynamic, Dim.AUTO) or None)
     shape_tree = pytree.tree_unflatten(shapes, spec) if program.dynamic else None
     return pytree.tree_unflatten(inputs, spec), shape_tree
-
-
-def _parity(program: Program, path: Path) -> float:
-    session = _session(path)
-    worst = 0.0
-    for inputs in (program.example_inputs, _doubled(program)[0]):
-        worst = max(worst, _apart(_run(program, inputs), session.run(None, feeds(session, inputs))))
-    return worst
-
-
-def _session(path: Path, *, fused: bool = True) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if not fused:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _apart(expected: Sequence[Any], found: Sequence[Any]) -> float:
-    """The largest relative difference between outputs."""
-    pairs = zip(map(torch.as_tensor, expected), map(torch.as_tensor, found), strict=True)
-    return max((relative_error(left, right) for left, right in pairs), default=0.0)
-
-
-def feeds(session: onnxruntime.InferenceSession, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """Return a program's inputs under the input names of an ONNX Runtime session."""
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    names = [item.name for item in session.get_inputs()]
-    return {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=False)}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the exporter's progress lines and its warnings about its own internals."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _return_tensors_alone(program: Program) -> None:

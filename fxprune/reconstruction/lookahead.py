@@ -74,7 +74,8 @@ class Lookahead:
 
     def residuals(self, batch: Batch) -> Callable[..., Vector]:
         """Return the function from the variables to the weighted differences at the outputs."""
-        frontier, wanted = batch
+        frontier, targets = batch
+        wanted = [_real(value) for value in targets]
         scales = self._scales(wanted)
 
         def differences(*point: Tensor) -> Vector:
@@ -83,7 +84,7 @@ class Lookahead:
                 given |= dict.fromkeys(self._aliases[name], part)
             values = self.region.run(self.program, frontier, given)
             return tuple(
-                (values[node] - value) * scale
+                (_real(values[node]) - value) * scale
                 for node, value, scale in zip(self.region.outputs, wanted, scales, strict=True)
             )
 
@@ -144,6 +145,11 @@ def _pull(values: Vector, inputs: Vector, vector: Vector) -> Vector:
     return torch.autograd.grad(
         values, inputs, vector, retain_graph=True, allow_unused=True, materialize_grads=True
     )
+
+
+def _real(value: Tensor) -> Tensor:
+    """A complex value as its real and imaginary parts, in a last dimension of two."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def _square(differences: Vector) -> Tensor:

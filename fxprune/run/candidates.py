@@ -17,8 +17,9 @@ from fxprune.pipeline.driver import Entry, Pipeline
 from fxprune.report.content import Check
 from fxprune.report.precision import Figures, Precision
 from fxprune.run.checkpoint import Checkpoint, Journal
+from fxprune.run.checks import NOT_WANTED
 from fxprune.run.job import Job
-from fxprune.run.measure import Emission, emit
+from fxprune.run.measure import Emission, Exported, export, time_files
 from fxprune.run.quantized_checks import check_quantized
 from fxprune.training.evaluate import Evaluation
 
@@ -61,15 +62,15 @@ class Measured:
     Attributes:
         program: what it was written from.
         journal: of the passes that made the program.
-        emission: the file and its latency.
-        accuracy: of the file in ONNX Runtime.
+        emission: the file and its latency; None if there is no file.
+        accuracy: of the file in ONNX Runtime; without one, of the program.
         checks: what an INT8 file was checked for.
 
     """
 
     program: Program
     journal: Journal
-    emission: Emission
+    emission: Emission | None
     accuracy: Evaluation
     checks: Mapping[str, Check] = field(default_factory=dict)
 
@@ -78,13 +79,14 @@ class Measured:
 class Measurements:
     """The measured candidates by name, the dense model's file, and why there is no INT8.
 
-    ``failed`` is whether the obstacle is an error.
+    ``failed`` is whether the obstacle is an error; ``no_file`` is why there are no ONNX files.
     """
 
-    dense: Emission
+    dense: Emission | None
     by_name: Mapping[Name, Measured]
     obstacle: str | None = None
     failed: bool = False
+    no_file: str | None = None
 
     def kept(self, precision: Precision | None) -> Measured:
         """Return the candidate that was chosen; the only one if there was no choice."""
@@ -152,24 +154,47 @@ def _advance(
     pipeline.run(program, job.context, (observe,), done=tuple(journal.entries))
 
 
-def measure_candidates(job: Job, candidates: Candidates, folder: Path) -> Measurements:
-    """Export the dense program and every candidate, and measure latency and accuracy.
+def measure_candidates(
+    job: Job, candidates: Candidates, dense: Exported | None, folder: Path
+) -> Measurements:
+    """Export every candidate, and measure its latency and accuracy.
 
-    An INT8 candidate that cannot be exported or run is dropped if there is an FP32 one.
+    An INT8 candidate that cannot be exported or run is dropped if there is an FP32 one. If that
+    cannot be exported either, the result has no file, and ``no_file`` says why.
+
+    Args:
+        job: what the run works on.
+        candidates: the results of the passes.
+        dense: the dense model's file; None if no ONNX files are wanted.
+        folder: for the files.
+
     """
+    if dense is None:
+        return _without_files(job, candidates, None, NOT_WANTED)
     job.options.progress.say("exporting to ONNX and measuring latency")
     try:
-        return _measure(job, candidates, folder / "all")
+        return _measure(job, candidates, dense, folder / "all")
     except Exception as error:
-        if set(candidates.by_name) != {"fp32", "int8"}:
-            raise
-        fp32 = candidates.by_name["fp32"]
-        candidates = _without_int8(fp32, "INT8 cannot be exported or run", error)
-    return _measure(job, candidates, folder / "fp32")
+        failure = error
+    try:
+        if set(candidates.by_name) == {"fp32", "int8"}:
+            fp32 = candidates.by_name["fp32"]
+            candidates = _without_int8(fp32, "INT8 cannot be exported or run", failure)
+            return _measure(job, candidates, dense, folder / "fp32")
+    except Exception as error:
+        failure = error
+    log.info("the result cannot be exported", exc_info=failure)
+    own = isinstance(failure, FxpruneError)
+    reason = str(failure) if own else f"{type(failure).__name__}: {failure}".splitlines()[0]
+    return _without_files(job, candidates, dense, reason)
 
 
-def _measure(job: Job, candidates: Candidates, folder: Path) -> Measurements:
-    emitted = _emit(job, candidates, folder)
+def _measure(job: Job, candidates: Candidates, dense: Exported, folder: Path) -> Measurements:
+    files = {"dense": dense}
+    for name, one in candidates.by_name.items():
+        samples = () if name == "int8" else job.samples  # INT8 predictions are compared instead
+        files[name] = export(one.program, folder / name, samples)
+    emitted = time_files(files, job.options.threads or 1, job.options.latency_seconds)
     measured = {
         name: Measured(
             one.program,
@@ -180,17 +205,25 @@ def _measure(job: Job, candidates: Candidates, folder: Path) -> Measurements:
         for name, one in candidates.by_name.items()
     }
     if (int8 := measured.get("int8")) is not None:
-        checks = check_quantized(int8.program, int8.emission.path, job.data)
+        checks = check_quantized(int8.program, emitted["int8"].path, job.data)
         measured["int8"] = replace(int8, checks=checks)
     return Measurements(emitted["dense"], measured, candidates.obstacle, candidates.failed)
 
 
-def _emit(job: Job, candidates: Candidates, folder: Path) -> dict[str, Emission]:
-    programs: dict[str, Program] = {"dense": job.dense}
-    programs |= {name: one.program for name, one in candidates.by_name.items()}
-    for program in programs.values():
-        program.to("cpu").eval()
-    return emit(programs, folder, job.options.threads or 1, job.options.latency_seconds)
+def _without_files(
+    job: Job, candidates: Candidates, dense: Exported | None, reason: str
+) -> Measurements:
+    """Measure the accuracy of one program, FP32 if there is one, in PyTorch."""
+    name: Name = "fp32" if "fp32" in candidates.by_name else "int8"
+    one = candidates.by_name[name]
+    accuracy = job.judge.program(one.program, "evaluating the small model")
+    emission = None
+    if dense is not None:
+        threads, seconds = job.options.threads or 1, job.options.latency_seconds
+        emission = time_files({"dense": dense}, threads, seconds)["dense"]
+    measured = Measured(one.program, one.journal, None, accuracy)
+    obstacle = candidates.obstacle
+    return Measurements(emission, {name: measured}, obstacle, candidates.failed, reason)
 
 
 def select_precision(
@@ -219,6 +252,8 @@ def choose(measured: Measurements, *, free: bool, min_accuracy: float | None) ->
             "the run was resumed after its FP32 passes, so there is no FP32 result to compare with"
         )
         return Precision("int8", why, int8=_figures(int8))
+    assert int8.emission is not None
+    assert fp32.emission is not None
     speedup = int8.emission.latency.speedup / fp32.emission.latency.speedup
     figures = _figures(fp32), _figures(int8), speedup
     slow = None if speedup > 1 else f"INT8 is not faster than FP32 ({speedup:.2f}x)"
@@ -229,8 +264,10 @@ def choose(measured: Measurements, *, free: bool, min_accuracy: float | None) ->
     return Precision("int8", why, *figures)
 
 
-def _figures(one: Measured) -> Figures:
+def _figures(one: Measured) -> Figures | None:
     emission = one.emission
+    if emission is None:
+        return None
     return Figures(emission.latency.median_ms, emission.export.onnx_bytes, one.accuracy.accuracy)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -11,11 +13,18 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxprune.calibration.outputs import class_axis, logits_of
+from fxprune.calibration.running import fixed_batch
 from fxprune.data.batches import batches
 from fxprune.data.roles import Data
 from fxprune.data.sources import check_inputs, check_labels
+from fxprune.errors import InputError
+from fxprune.graph.comparison import worst_error
+from fxprune.graph.draws import FixedDraws
 from fxprune.graph.facts import MASKS
+from fxprune.graph.first_nan import first_nan
+from fxprune.graph.functionalize import state_kept
 from fxprune.graph.notebook import plural
+from fxprune.graph.precision import in_double
 from fxprune.graph.program import Program
 from fxprune.onnx.export import ExportCheck
 from fxprune.report.content import Check
@@ -28,6 +37,7 @@ from fxprune.training.evaluate import Evaluation
 MAX_REMOVAL_ERROR = 1e-5  # relative, single precision
 CHECKED_UNITS_SHARE = 0.25  # of the units of every group that zero-then-remove tries
 WEIGHT_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.INT8)
+NOT_WANTED = "--no-onnx was given"
 ACCURACY_LIMIT = 0.001  # ties may fall differently in another runtime
 
 
@@ -51,17 +61,71 @@ def check_data(data: Data, program: Program) -> None:
         check_labels(data, max(int(logits.shape[class_axis(logits)]), 2))
 
 
+def sample_inputs(program: Program, data: Data, size: int = 16) -> tuple[tuple[Any, ...], ...]:
+    """Return the inputs of one batch of samples, labelled or not; none if there are too few."""
+    size = fixed_batch(program) or min(size, len(data.calibration))
+    batch = next(batches(data.calibration, size, seed=0))
+    return (batch.inputs,) if len(batch) == size else ()
+
+
+def check_numbers(program: Program, calls: Sequence[tuple[Any, ...]]) -> None:
+    """Fail if a program gives NaN, which no later check could judge.
+
+    Raises:
+        InputError: it does; the message names the first module whose output is NaN.
+
+    """
+    for inputs in calls:
+        if (where := first_nan(program, inputs)) is not None:
+            raise InputError(
+                f"the model's outputs are not all numbers: NaN first appears in {where}; check the "
+                "weights and the samples"
+            )
+
+
+def check_finite_outputs(
+    dense: Program, small: Program, samples: Sequence[tuple[Any, ...]]
+) -> Check:
+    """Count outputs that are NaN or infinite though the dense model's are not."""
+    wrong = 0
+    for inputs in (dense.example_inputs, *samples):
+        with torch.no_grad():
+            expected, found = (_floats(one(*inputs)) for one in (dense, small))
+        wrong += sum(
+            int((left.isfinite() & ~right.isfinite()).sum())
+            for left, right in zip(expected, found, strict=True)
+        )
+    return Check.of(wrong, 0, "values that are NaN or infinite, and finite in the dense model")
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if leaf.is_floating_point() or leaf.is_complex()]
+
+
 def check_removal(
-    program: Program, groups: Sequence[Group], seed: int
+    program: Program,
+    groups: Sequence[Group],
+    seed: int,
+    samples: Sequence[tuple[Any, ...]] = (),
 ) -> tuple[Check, dict[Group, str]]:
     """Run zero-then-remove on random units of every removable group, on copies.
+
+    A group fails only if removal differs in double precision too.
+
+    Args:
+        program: the dense program.
+        groups: its groups.
+        seed: chooses the units.
+        samples: inputs to compare on besides the example inputs.
 
     Returns:
         The check, of the groups that can be removed; and what happens to the others.
 
     """
     chosen = sample_units(groups, CHECKED_UNITS_SHARE, seed)
-    failing = failing_groups(program, chosen, MAX_REMOVAL_ERROR)
+    calls = [program, *(_on(program, inputs) for inputs in samples)]
+    failing = _failing(calls, chosen)
     chosen = {group: units for group, units in chosen.items() if group not in failing}
     exact = {group: units for group, units in chosen.items() if not group.mixed_by}
     if not exact:
@@ -71,15 +135,62 @@ def check_removal(
             else "there is no group with removable units"
         )
         return Check.skipped(why), failing
-    error = verify_removal(program, exact).error
-    assert error is not None
+    error, limit = _removal_error(calls, exact)
     units = sum(map(len, exact.values()))
     note = f"{plural(units, 'random unit')} of {plural(len(exact), 'group')}"
     if mixed := len(chosen) - len(exact):
         note += f"; not checked for {mixed} whose units a normalisation mixes"
     if failing:
         note += f"; {plural(len(failing), 'group')} that cannot be removed keep their shapes"
-    return Check.of(error, MAX_REMOVAL_ERROR, note), failing
+    return Check.of(error, limit, note), failing
+
+
+def _on(program: Program, inputs: tuple[Any, ...]) -> Program:
+    """The same program with other example inputs."""
+    other = program.copy(share=True)
+    other.example_inputs = inputs
+    other.refresh()
+    return other
+
+
+def _failing(calls: Sequence[Program], chosen: Mapping[Group, list[int]]) -> dict[Group, str]:
+    """Find the groups whose removal is not exact, in double precision either."""
+    found: dict[Group, str] = {}
+    for program in calls:
+        suspects = failing_groups(program, chosen, MAX_REMOVAL_ERROR)
+        if suspects:
+            double = in_double(program)
+            units = {group: chosen[group] for group in suspects}
+            found |= failing_groups(double, units, _exact_in_double(program, double))
+    return found
+
+
+def _removal_error(
+    calls: Sequence[Program], units: Mapping[Group, list[int]]
+) -> tuple[float, float]:
+    """Return the largest error of a removal and its limit; in double precision where in doubt."""
+    worst, limit = 0.0, MAX_REMOVAL_ERROR
+    for program in calls:
+        error = verify_removal(program, units).error or 0.0
+        if not error <= MAX_REMOVAL_ERROR:
+            double = in_double(program)
+            limit = max(limit, _exact_in_double(program, double))
+            error = verify_removal(double, units).error or 0.0
+        worst = max(worst, error)
+    return worst, limit
+
+
+def _exact_in_double(program: Program, double: Program) -> float:
+    """Return the limit in double precision.
+
+    It grows where outputs are small beside what they are computed from: as single precision
+    differs from double there, so does double from the truth, by 2**-29 of that.
+    """
+    with torch.no_grad(), FixedDraws(normal=0.5), state_kept(program), state_kept(double):
+        noise = worst_error(double(*double.example_inputs), program(*program.example_inputs))
+    return (
+        max(MAX_REMOVAL_ERROR, 100 * noise * 2**-29) if math.isfinite(noise) else MAX_REMOVAL_ERROR
+    )
 
 
 def result_checks(
@@ -89,6 +200,8 @@ def result_checks(
     in_file: Evaluation,
     max_drop: float | None,
     accuracy_limit: float = ACCURACY_LIMIT,
+    *,
+    random: bool = False,
 ) -> dict[str, Check]:
     """Judge the emitted file: against PyTorch, and by the accuracy it may lose."""
     checks = {
@@ -96,7 +209,9 @@ def result_checks(
         if export.parity is None
         else Check.of(export.parity, export.limit, export.note)
     }
-    if after.accuracy is None or in_file.accuracy is None:
+    if random:
+        checks["onnx_accuracy"] = Check.skipped("the model draws random numbers")
+    elif after.accuracy is None or in_file.accuracy is None:
         checks["onnx_accuracy"] = Check.skipped(after.note or "accuracy was not measured")
     else:
         limit = accuracy_limit + 1 / max(in_file.predictions, 1)
@@ -104,6 +219,20 @@ def result_checks(
         checks["onnx_accuracy"] = Check.of(apart, limit, "ONNX Runtime compared with PyTorch")
     if max_drop is not None:
         checks["max_drop"] = check_drop(before, in_file, max_drop)
+    return checks
+
+
+def checks_without_file(
+    reason: str, before: Evaluation, after: Evaluation, max_drop: float | None
+) -> dict[str, Check]:
+    """Judge a result that has no ONNX file, because none was wanted or none could be written."""
+    checks = {
+        name: Check.skipped("there is no ONNX file") for name in ("onnx_parity", "onnx_accuracy")
+    }
+    wanted = reason != NOT_WANTED
+    checks["onnx_export"] = Check(True, False, note=reason) if wanted else Check.skipped(reason)
+    if max_drop is not None:
+        checks["max_drop"] = check_drop(before, after, max_drop)
     return checks
 
 

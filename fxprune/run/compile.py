@@ -18,6 +18,7 @@ from fxprune.graph.facts import MASKS, Preference
 from fxprune.graph.notebook import html_table
 from fxprune.graph.program import Program
 from fxprune.onnx.quantized_nodes import is_quantized
+from fxprune.onnx.random_draws import draws
 from fxprune.pipeline.context import Loss
 from fxprune.pipeline.driver import Pipeline
 from fxprune.pipeline.progress import Tracker
@@ -35,12 +36,15 @@ from fxprune.run.checkpoint import resumable
 from fxprune.run.checks import (
     ACCURACY_LIMIT,
     accuracy_limit,
+    check_finite_outputs,
     check_masks,
     check_removal,
+    checks_without_file,
     result_checks,
 )
 from fxprune.run.frontier import parse_factors, write_points
 from fxprune.run.job import Job, checkpoint_of, make_job, with_searched_targets
+from fxprune.run.measure import Exported, export
 from fxprune.run.options import Objective, Options, make_options
 from fxprune.run.output import staged
 from fxprune.run.plan_search import attempts, keeps_promise, with_searched_plan
@@ -88,6 +92,7 @@ def compile(
     device: str = Options.device,
     threads: int | None = Options.threads,
     verify: bool = Options.verify,
+    onnx: bool = Options.onnx,
     latency_seconds: float = Options.latency_seconds,
     loss: Loss = F.cross_entropy,
     progress: Tracker | None = None,
@@ -122,6 +127,7 @@ def compile(
         device: where the passes run the model, such as ``cuda``.
         threads: of PyTorch and ONNX Runtime; None leaves PyTorch's, and measures latency on one.
         verify: check on random units that removing them equals zeroing them.
+        onnx: False writes no model.onnx, and neither compares nor times in ONNX Runtime.
         latency_seconds: how long the latency of the results is measured, in seconds.
         loss: ``loss(outputs, target) -> scalar``, for training and sensitivities.
         progress: how progress is shown; by default a bar on a terminal.
@@ -150,6 +156,7 @@ def compile(
         device=device,
         threads=threads,
         verify=verify,
+        onnx=onnx,
         latency_seconds=latency_seconds,
         loss=loss,
         progress=progress or Tracker(),
@@ -169,24 +176,28 @@ def _run(
     start = time.perf_counter()
     with _seeded(options), _output_folder(out) as folder:
         with staged(folder) as staging:
-            job, checks = _check_before(make_job(model, example_inputs, data, options))
-            job = with_searched_targets(job)
-            accuracy = job.judge.program(job.dense, "evaluating the dense model")
-            asked = with_searched_plan(job)
             with tempfile.TemporaryDirectory(dir=staging) as scratch:
+                job = make_job(model, example_inputs, data, options)
+                dense = _export_dense(job, Path(scratch))
+                job, checks = _check_before(job)
+                job = with_searched_targets(job)
+                accuracy = job.judge.program(job.dense, "evaluating the dense model")
+                asked = with_searched_plan(job)
                 for number, job in enumerate(attempts(asked)):
                     checkpoint = checkpoint_of(job, folder if out else None)
                     with resumable(checkpoint):
                         candidates = run_passes(job, checkpoint)
-                        measured = measure_candidates(job, candidates, Path(scratch, str(number)))
+                        place = Path(scratch, str(number))
+                        measured = measure_candidates(job, candidates, dense, place)
                         precision = select_precision(job, measured, accuracy)
                         chosen = measured.kept(precision)
                     if not job.alternatives or keeps_promise(job, accuracy, chosen.accuracy):
                         break
-                chosen.emission.move_to(staging)
-                checks |= _check_after(job, chosen, accuracy, staging / "model.onnx")
+                checks |= _check_after(job, chosen, accuracy, measured.no_file)
                 checks |= _check_int8(job, measured)
-                frontier = write_points(job, accuracy, staging)
+                frontier = write_points(job, accuracy, dense, staging)
+                if chosen.emission is not None:
+                    chosen.emission.move_to(staging)
             report = make_report(job, measured, precision, accuracy, checks, frontier)
             report = replace(report, seconds=time.perf_counter() - start)
             names = write_files(job, chosen.program, report, staging)
@@ -194,28 +205,43 @@ def _run(
     return Result(chosen.program, report, {name: folder / name for name in names} if out else {})
 
 
+def _export_dense(job: Job, folder: Path) -> Exported | None:
+    """Export the dense model before anything else, so that what cannot work fails at once."""
+    if not job.options.onnx:
+        return None
+    job.options.progress.say("exporting the dense model and comparing it in ONNX Runtime")
+    return export(job.dense, folder / "dense", job.samples)
+
+
 def _check_before(job: Job) -> tuple[Job, dict[str, Check]]:
     """Check that removal is exact before anything is removed; groups that fail are frozen."""
     if not job.options.verify:
         return job, {"zero_then_remove": Check.skipped("--no-verify was given")}
     job.options.progress.say("checking that removal is exact (zero-then-remove)")
-    check, failing = check_removal(job.dense, job.groups, job.options.seed)
+    check, failing = check_removal(job.dense, job.groups, job.options.seed, job.samples)
     for group, why in failing.items():
         job.options.progress.note(f"{group.name} keeps its shape: {why}; please report it")
     return job.without(failing), {"zero_then_remove": check}
 
 
-def _check_after(job: Job, chosen: Measured, before: Evaluation, path: Path) -> dict[str, Check]:
-    """Check the file that was chosen against its program and the dense model."""
+def _check_after(
+    job: Job, chosen: Measured, before: Evaluation, no_file: str | None
+) -> dict[str, Check]:
+    """Check the file that was chosen against its program, and both against the dense model."""
     after = job.judge.program(chosen.program, "evaluating the small model")
     program = chosen.program.to("cpu").eval()
-    in_file = chosen.accuracy
+    checks = {"finite_outputs": check_finite_outputs(job.dense.to("cpu"), program, job.samples)}
+    drop = job.options.max_drop
+    if chosen.emission is None:
+        return checks | checks_without_file(no_file or "", before, after, drop)
+    random = bool(draws(program))
     limit = accuracy_limit(chosen.checks) if is_quantized(program) else ACCURACY_LIMIT
-    checks = result_checks(
-        chosen.emission.export, before, after, in_file, job.options.max_drop, limit
+    checks |= result_checks(
+        chosen.emission.export, before, after, chosen.accuracy, drop, limit, random=random
     )
-    masks = {"masks": check_masks(program, path)} if MASKS.name in program.facts else {}
-    return {**checks, **masks, **chosen.checks}
+    if MASKS.name in program.facts:
+        checks["masks"] = check_masks(program, chosen.emission.path)
+    return {**checks, **chosen.checks}
 
 
 def _check_int8(job: Job, measured: Measurements) -> dict[str, Check]:

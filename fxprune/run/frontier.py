@@ -14,6 +14,7 @@ from fxprune.report.content import FrontierPoint
 from fxprune.run.candidates import measure_candidates, run_passes, select_precision
 from fxprune.run.checkpoint import Checkpoint
 from fxprune.run.job import Job
+from fxprune.run.measure import Exported
 from fxprune.run.options import pipeline_for_plan
 from fxprune.training.comparison import paired_drop
 from fxprune.training.evaluate import Evaluation
@@ -21,12 +22,15 @@ from fxprune.training.evaluate import Evaluation
 DEFAULT_FACTORS = ("1.5x", "2x", "3x", "4x")
 
 
-def write_points(job: Job, before: Evaluation, folder: Path) -> tuple[FrontierPoint, ...]:
+def write_points(
+    job: Job, before: Evaluation, dense: Exported | None, folder: Path
+) -> tuple[FrontierPoint, ...]:
     """Carry out the plans of a job's frontier, each into ``points/NAME`` of a folder.
 
     Args:
         job: the dense program, the data and the options.
         before: the dense model's evaluation.
+        dense: the dense model's file.
         folder: gets ``points/NAME/model.onnx``, ``figures.json`` and ``recipe.toml``.
 
     """
@@ -37,9 +41,13 @@ def write_points(job: Job, before: Evaluation, folder: Path) -> tuple[FrontierPo
         one = replace(job, pipeline=pipeline, alternatives=())
         place = folder / "points" / name
         place.mkdir(parents=True)
-        measured = measure_candidates(one, run_passes(one, Checkpoint.none()), place / "trial")
+        candidates = run_passes(one, Checkpoint.none())
+        measured = measure_candidates(one, candidates, dense, place / "trial")
         precision = select_precision(one, measured, before)
         chosen = measured.kept(precision)
+        if chosen.emission is None:
+            job.options.progress.note(f"the model of the frontier at {name}: {measured.no_file}")
+            continue
         chosen.emission.move_to(place)
         drop = paired_drop(before, chosen.accuracy)
         point = FrontierPoint(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,17 @@ from fxprune.calibration.running import fixed_batch
 from fxprune.data.batches import batches
 from fxprune.data.roles import Data, as_data, subset, without_labels
 from fxprune.errors import InputError
+from fxprune.graph.capture_check import check_capture, other_batch
 from fxprune.graph.facts import CONVERTED, FROZEN, OBSERVED, PLAN, Frozen
 from fxprune.graph.program import Program
-from fxprune.graph.trace import required_inputs, trace
+from fxprune.graph.trace import required_inputs, trace, unwrapped
+from fxprune.passes import Finetune
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.driver import Pipeline
 from fxprune.planning.budget import Target
 from fxprune.planning.search import Limits, Trial, budgeted, search, winner
 from fxprune.run.checkpoint import Checkpoint, fingerprint
-from fxprune.run.checks import check_data
+from fxprune.run.checks import check_data, check_numbers, sample_inputs
 from fxprune.run.measure import Judge
 from fxprune.run.options import DEFAULT_TARGETS, Options, attention_of, resolve
 from fxprune.search.plan import NetworkPlan
@@ -40,8 +42,10 @@ class Job:
         targets: upper limits that the result is checked against.
         options: everything else that was asked for.
         trials: those of a search, if there was one.
+        samples: the inputs of a batch of real samples, to compare outputs on.
         alternatives: passes of safer results, tried in turn where the result loses too much.
-        notes: what was assumed of the model and the data, and what became of a search.
+        notes: what was assumed of the model and the data, what capture left out, and what became
+            of a search.
         frontier: plans of further results, by speed-up.
         search: every plan of the search, for search.json.
 
@@ -54,6 +58,7 @@ class Job:
     targets: tuple[Target, ...]
     options: Options
     trials: tuple[Trial, ...] = ()
+    samples: tuple[tuple[Any, ...], ...] = ()
     alternatives: tuple[Pipeline, ...] = ()
     notes: tuple[str, ...] = ()
     frontier: Mapping[str, NetworkPlan] = field(default_factory=dict)
@@ -132,14 +137,19 @@ def make_job(
         samples = without_labels(samples, required_inputs(model))
     program = _program(model, example_inputs, samples)
     notes = tuple(_fixed(program))
+    calls: tuple[tuple[Any, ...], ...] = ()
     if samples is not None:
         check_data(samples, program)
+        calls = sample_inputs(program, samples)
         notes = (*samples.notes, *notes)
         samples = _limited(samples, options)
+    check_numbers(program, (program.example_inputs, *calls))
+    if not isinstance(model, Program):
+        notes += _compared(model, program, calls, pipeline)
     for note in notes:
         options.progress.note(note)
     groups = find_groups(program, attention_of(pipeline))
-    return Job(program, groups, samples, pipeline, targets, options, notes=notes)
+    return Job(program, groups, samples, pipeline, targets, options, samples=calls, notes=notes)
 
 
 def _fixed(program: Program) -> Iterator[str]:
@@ -150,6 +160,19 @@ def _fixed(program: Program) -> Iterator[str]:
             f"the batch size is fixed to {size}, in the ONNX file too: the model cannot be "
             "captured with a dynamic one"
         )
+
+
+def _compared(
+    model: nn.Module, program: Program, calls: Sequence[tuple[Any, ...]], pipeline: Pipeline
+) -> tuple[str, ...]:
+    """Compare the program with the model on real samples, as training sees it if there is any."""
+    model = unwrapped(model)
+    notes = check_capture(model, program, calls)
+    if any(isinstance(step, Finetune) for step in pipeline):
+        other = other_batch(program, program.example_inputs)
+        enough = calls or ([] if other is None else [other])
+        notes += check_capture(model, program, enough, training=True)
+    return notes
 
 
 def _program(

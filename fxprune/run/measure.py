@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fxprune.calibration.running import fixed_batch
 from fxprune.data.roles import Data
@@ -94,27 +95,49 @@ class Emission:
             part.replace(folder / part.name)
 
 
-def emit(
-    programs: Mapping[str, Program], folder: Path, threads: int = 1, seconds: float = 2.0
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file that was written and checked: its path, and what the check found."""
+
+    path: Path
+    check: ExportCheck
+
+
+def export(program: Program, folder: Path, samples: Sequence[tuple[Any, ...]] = ()) -> Exported:
+    """Write a program to ``model.onnx`` in a folder of its own, and check it.
+
+    Args:
+        program: it is moved to the CPU.
+        folder: made for this.
+        samples: inputs to compare ONNX Runtime on, besides the example inputs.
+
+    Raises:
+        ExportError: the program cannot be written as ONNX or run in ONNX Runtime.
+        PostconditionError: ONNX Runtime's outputs differ.
+
+    """
+    folder.mkdir(parents=True)
+    path = folder / "model.onnx"
+    return Exported(path, export_onnx(program.to("cpu").eval(), path, samples=samples))
+
+
+def time_files(
+    files: Mapping[str, Exported], threads: int = 1, seconds: float = 2.0
 ) -> dict[str, Emission]:
-    """Export programs, each to ``model.onnx`` in a folder of its own, and time them in turns."""
-    paths = {name: folder / name / "model.onnx" for name in programs}
-    checks = {}
-    for name, program in programs.items():
-        paths[name].parent.mkdir(parents=True)
-        checks[name] = export_onnx(program, paths[name])
+    """Time files in turns; speed-ups are over the first."""
+    paths = {name: one.path for name, one in files.items()}
     times = compare(paths, threads=threads, seconds=seconds)
-    return {name: Emission(path, checks[name], times[name]) for name, path in paths.items()}
+    return {name: Emission(one.path, one.check, times[name]) for name, one in files.items()}
 
 
-def measures(program: Program, emission: Emission, evaluation: Evaluation) -> Measures:
-    """Put one model's figures together."""
+def measures(program: Program, emission: Emission | None, evaluation: Evaluation) -> Measures:
+    """Put one model's figures together; without a file, size and latency are unknown."""
     static = cost(program)
     return Measures(
         static.params,
         static.macs,
         static.weight_bytes,
-        emission.export.onnx_bytes,
-        emission.latency.median_ms,
+        None if emission is None else emission.export.onnx_bytes,
+        None if emission is None else emission.latency.median_ms,
         evaluation.accuracy,
     )

@@ -62,6 +62,7 @@ class Options:
         device: where passes run the model, such as ``cpu`` or ``cuda``.
         threads: of PyTorch and ONNX Runtime; None leaves PyTorch's, and measures latency on one.
         verify: check on random units that removing them equals zeroing them, before the passes.
+        onnx: write model.onnx, and compare and time it in ONNX Runtime.
         latency_seconds: how long the latency of the results is measured, in seconds.
         resume: continue after the last finished pass of a run that was killed.
         loss: ``loss(outputs, target) -> scalar``, for training and sensitivities.
@@ -73,7 +74,7 @@ class Options:
     # Those that a recipe's [run] may set.
     RECIPE_FIELDS: ClassVar[tuple[str, ...]] = (
         "max_drop", "objective", "search_minutes", "calibration", "batch_size", "seed", "device",
-        "threads", "verify",
+        "threads", "verify", "onnx",
     )  # fmt: skip
 
     targets: tuple[Target, ...] = ()
@@ -92,6 +93,7 @@ class Options:
     device: str = "cpu"
     threads: int | None = None
     verify: bool = True
+    onnx: bool = True
     latency_seconds: float = 2.0
     resume: bool = False
     loss: Loss = F.cross_entropy
@@ -162,9 +164,26 @@ def resolve(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
         InputError: the options contradict each other.
 
     """
+    pipeline, targets = _resolved(options)
+    if not options.onnx and any(target.name == "latency" for target in targets):
+        raise InputError(
+            "latency is measured in ONNX Runtime, which --no-onnx leaves out; limit macs instead"
+        )
+    searches = options.max_drop is not None and not targets and options.pipeline is None
+    if not options.onnx and searches:
+        raise InputError(
+            "without a target, max-drop searches for the fastest model, and latency is measured in "
+            "ONNX Runtime, which --no-onnx leaves out; add a target such as macs=50%"
+        )
+    if not options.onnx and options.int8:
+        raise InputError("INT8 runs in ONNX Runtime, which --no-onnx leaves out; use --fp32")
+    return pipeline, targets
+
+
+def _resolved(options: Options) -> tuple[Pipeline, tuple[Target, ...]]:
     if options.pipeline is None:
         targets = options.targets
-        codes = options.int8 is not False
+        codes = options.int8 is not False and options.onnx
         pipeline = default_pipeline(
             targets, options.epochs, options.steps, int8=codes, attention=options.attention
         )

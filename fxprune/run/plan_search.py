@@ -115,6 +115,8 @@ def keeps_promise(job: Job, before: Evaluation, after: Evaluation) -> bool:
 
 def _obstacle(job: Job) -> str | None:
     """Return why accuracy cannot be measured, on one batch of the evaluation samples."""
+    if not job.options.onnx:
+        return "--no-onnx was given, and latency is measured in ONNX Runtime"
     if job.data is None or job.data.eval is None:
         return "there is no evaluation data"
     few = subset(job.data.eval, 4, job.options.seed)

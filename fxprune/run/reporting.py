@@ -56,7 +56,7 @@ def make_report(
         environment(options.device, options.seed, options.threads or 1),
         (*_notes(job, journal, accuracy), *_loss(job, accuracy, chosen.accuracy)),
         journal.curves,
-        chosen.emission.speedup,
+        None if chosen.emission is None else chosen.emission.speedup,
         trials=job.trials,
         frontier=frontier,
         precision=precision,

@@ -74,7 +74,7 @@ def evaluate(
             target = batch.target
             if target is None and reference is not None:
                 agreement, expected = True, reference(inputs)[:count]
-                target = expected.argmax(class_axis(expected))
+                target = _classes(expected, class_axis(expected))
         if target is None:
             return Evaluation(None, 0, "the samples have no labels")
         predicted = predict(logits, target)
@@ -108,12 +108,17 @@ def predict(logits: Tensor, target: Tensor) -> Tensor | None:
     if target.is_floating_point() or target.is_complex():
         return None
     if logits.dim() == target.dim() + 1 and logits.shape[class_axis(logits, target)] > 1:
-        predicted = logits.argmax(class_axis(logits, target))
+        predicted = _classes(logits, class_axis(logits, target))
     elif logits.numel() == target.numel():  # one logit per sample: two classes
         predicted = (logits.reshape(target.shape) > 0).long()
     else:
         return None
     return predicted if predicted.shape == target.shape else None
+
+
+def _classes(logits: Tensor, axis: int) -> Tensor:
+    """The largest logit's class; -1, which is never right, where a logit is NaN."""
+    return logits.argmax(axis).masked_fill(logits.isnan().any(axis), -1)
 
 
 def run_program(program: Program) -> Run:
@@ -133,20 +138,18 @@ def run_onnx(path: Path, *, threads: int | None = None, fused: bool = True) -> R
     """
     import onnxruntime as ort  # slow to import, and only this needs it
 
+    from fxprune.onnx.runtime import feeds
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
     if not fused:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [slot.name for slot in session.get_inputs()]
     outputs = [slot.name for slot in session.get_outputs()]
     wanted = ["logits" if "logits" in outputs else outputs[0]]
 
     def run(inputs: tuple[Any, ...]) -> Tensor:
-        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        arrays = (leaf.detach().cpu().numpy() for leaf in leaves)
-        feed = dict(zip(names, arrays, strict=True))
-        return torch.from_numpy(session.run(wanted, feed)[0])
+        return torch.from_numpy(session.run(wanted, feeds(session, inputs))[0])
 
     return run
