@@ -43,6 +43,7 @@ class Operator:
         pointwise: an element of the result depends on the elements at its place only.
         piecewise_linear: linear in its operands, one at a time, or so in pieces.
         clamps: it limits values to a range, so that repeating it changes nothing.
+        bounded: its results lie between -1 and 1, and are computed to within a part of that.
 
     """
 
@@ -56,6 +57,7 @@ class Operator:
     pointwise: bool = False
     piecewise_linear: bool = False
     clamps: bool = False
+    bounded: bool = False
 
     @property
     def is_convolution(self) -> bool:
@@ -112,6 +114,8 @@ FAMILIES: tuple[tuple[Operator, str], ...] = (
     (Operator(pointwise=True, piecewise_linear=True, clamps=True),
      "relu relu6 hardtanh clamp clamp_min clamp_max"),
     (Operator(pointwise=True, piecewise_linear=True), "leaky_relu abs add sub neg"),
+    (Operator(pointwise=True, bounded=True), "sigmoid tanh hardsigmoid sin cos erf"),
+    (Operator(bounded=True), "softmax _softmax"),
     (_LINEAR_PIECES,
      "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d"
      " adaptive_avg_pool2d adaptive_avg_pool3d mean sum amax amin index index_select gather"

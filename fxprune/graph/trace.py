@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
@@ -58,9 +59,11 @@ def trace(
         )
     model = unwrapped(model)
     wanted = _batch_dimensions(example_inputs) if dynamic is None else dict(dynamic)
-    eager = torch.compiler.set_stance("force_eager")  # compiled parts run as they are written
-    with _evaluation(model), captured_as_called(model), torch.no_grad(), eager:
-        exported = _export(model, example_inputs, wanted)
+    with _evaluation(model), captured_as_called(model), torch.no_grad():
+        with torch.compiler.set_stance("force_eager"):  # compiled parts run as they are written
+            exported = _export(model, example_inputs, wanted)
+        if _lacks_weights(exported):  # conditions are captured by what was switched off
+            exported = _export(model, example_inputs, wanted)
     program = from_exported(exported, example_inputs)
     if check:
         other = other_batch(program, example_inputs)
@@ -83,6 +86,11 @@ def from_exported(exported: ExportedProgram, example_inputs: tuple[Any, ...]) ->
     canonicalise(program)
     program.refresh()
     return program
+
+
+def _lacks_weights(exported: ExportedProgram) -> bool:
+    """Whether branches of a condition read weights that are only stand-ins."""
+    return any(isinstance(item, FakeTensor) for item in exported.graph_module.parameters())
 
 
 def _batch_dimensions(inputs: tuple[Any, ...]) -> dict[int, frozenset[int]]:
