@@ -61,12 +61,13 @@ def stepped(m: Any, h: Tensor) -> Tensor:
     state = None
     for step in range(h.shape[1]):
         state = m.cell(h[:, step], state)
-    return state[0] if isinstance(state, tuple) else state  # type: ignore[return-value, index]
+    return state[0] if isinstance(state, tuple) else state  # type: ignore[return-value]
 
 
 def spectral(m: Any, h: Tensor) -> Tensor:
     z = torch.fft.rfft(h, dim=1)
-    return torch.fft.irfft(torch.complex(m.mix(z.real), z.imag), n=h.shape[1], dim=1)
+    image: Tensor = torch.fft.irfft(torch.complex(m.mix(z.real), z.imag), n=h.shape[1], dim=1)
+    return image
 
 
 def heads(kind: str) -> Callable[[Any, Tensor], Tensor]:
