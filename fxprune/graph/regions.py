@@ -130,6 +130,8 @@ def _detached(program: Program, before: fx.Node, value: Any) -> Any:
 
 def _replace(node: fx.Node, made: Sequence[Any]) -> None:
     """Let what reads an output of a region read what it is now."""
+    if isinstance(node.meta.get("val"), Tensor):  # it has a single output, not a tuple of them
+        node.replace_all_uses_with(made[0])
     for user in list(node.users):
         assert user.target is operator.getitem
         value = made[int(user.args[1])]  # type: ignore[arg-type]
