@@ -52,6 +52,7 @@ from fxprune.quantization.patterns import (
     weight_name,
 )
 from fxprune.quantization.timing import LayerTiming, layer_timings
+from fxprune.quantization.transposed import spell_transposed
 
 aten = torch.ops.aten
 REDUCED_NOTE = (
@@ -93,6 +94,7 @@ class InsertObservers(Pass):
         present = {DEQUANTIZE, FAKE_QUANTIZE}
         if sites(program) or any(node.target in present for node in program.graph.nodes):
             return Outcome()
+        spelled = spell_transposed(program)
         skips: list[Skip] = []
         fp32 = self._fp32(program)
         chosen: set[fx.Node] = set()
@@ -112,7 +114,7 @@ class InsertObservers(Pass):
         skips += [
             Skip(node.name, _slowness(timed[node])) for node in program.graph.nodes if node in slow
         ]
-        spelled = self._spell(program) if chosen else 0
+        spelled += self._spell(program) if chosen else 0
         alone = set() if none_gains else spell(program, gaining - chosen)
         alone |= {node for node in program.graph.nodes if self.attention and is_product(node)}
         placement = place(program, frozenset(chosen - slow | alone))

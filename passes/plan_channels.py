@@ -32,6 +32,8 @@ from fxprune.graph.program import Program
 from fxprune.implants.planning import implant_share, plan_tiers
 from fxprune.latency.bench import Bench
 from fxprune.latency.plan import latency_bench, solve_and_try
+from fxprune.latency.stairs import width_steps
+from fxprune.latency.table import Table
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass
 from fxprune.planning.budget import Name, Target
@@ -58,7 +60,8 @@ class PlanChannels(Pass):
         size: budget of weight bytes: 50%, 2x or 1MB.
         latency: budget of latency per sample in ONNX Runtime on this host: 60%, 2x or 1.5ms.
         round_to: widths are multiples of N if at least 2N remain, of N/2 if at least N remain,
-            else of N/4.
+            else of N/4 (default: twice the number of channels in whose steps the kernels of this
+            host take time, by the latency table: 32 with AVX-512).
         depthwise_round_to: the same, for groups with a depthwise convolution; it must be a multiple
             of 4, and so are all widths there.
         min_units: smallest number of units that stay in every group.
@@ -81,8 +84,8 @@ class PlanChannels(Pass):
     params: float | str | None = None
     size: float | str | None = None
     latency: float | str | None = None
-    round_to: int = 16
-    depthwise_round_to: int = 8
+    round_to: int | None = None
+    depthwise_round_to: int | None = None
     min_units: int = 1
     max_ratio: float = 0.9
     protect: tuple[str, ...] = ()
@@ -99,7 +102,7 @@ class PlanChannels(Pass):
     gives: ClassVar[Facts] = frozenset({PLAN})
 
     def __post_init__(self) -> None:
-        Rounding(self.round_to, self.depthwise_round_to)
+        Rounding(self.round_to or 1, self.depthwise_round_to or DEPTHWISE_FLOOR)
         implant_share(self.implant_ratio)
         _ = self.targets
         shares = {"max-ratio": self.max_ratio, "tolerance": self.tolerance, "path": self.path}
@@ -139,7 +142,10 @@ class PlanChannels(Pass):
         with latency_bench(program, context) if by_latency else nullcontext() as bench:
             problem = self._problem(program, context, groups, sensitivity, bench)
             if self.implant_ratio:
-                plan, found = plan_tiers(program, context, groups, problem, sensitivity, self)
+                rounding = self._rounding(context, floor=1)
+                plan, found = plan_tiers(
+                    program, context, groups, problem, sensitivity, self, rounding
+                )
             else:
                 if bench is None:
                     found = solve(problem)
@@ -172,6 +178,15 @@ class PlanChannels(Pass):
             )
             yield f"no unit of {group} is both removed and replaced", not both
 
+    def _rounding(self, context: Context, floor: int) -> Rounding:
+        """Return the rounding that was asked for, or the one that this host's kernels reward."""
+        dense, depthwise = self.round_to, self.depthwise_round_to
+        if dense is None or depthwise is None:
+            steps = width_steps(Table.open(context.threads), progress=context.progress)
+            dense = dense or 2 * steps.dense
+            depthwise = depthwise or 2 * steps.depthwise
+        return Rounding(dense, depthwise, floor)
+
     def _problem(
         self, program: Program, context: Context, groups: list[Group],
         sensitivity: Sensitivity, bench: Bench | None,
@@ -188,7 +203,7 @@ class PlanChannels(Pass):
         ]
         # Kernels are several times slower at other widths, and the table of latencies lacks them.
         floor = 1 if bench is None else DEPTHWISE_FLOOR
-        roundings = Rounding(self.round_to, self.depthwise_round_to, floor).ladder()
+        roundings = self._rounding(context, floor).ladder()
         fixed = shares(self.ratios, groups)
         found = widths(program, groups)
         levels = [

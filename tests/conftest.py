@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from fxprune.latency.stairs import WidthSteps
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # The same examples in every run; `--hypothesis-profile=explore` draws new ones.
@@ -33,6 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def steps_of_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let default widths be the same wherever tests run: multiples of 16, depthwise of 8."""
+    steps = WidthSteps(8, 4)
+    monkeypatch.setattr("fxprune.passes.plan_channels.width_steps", lambda *_, **__: steps)
 
 
 @pytest.fixture

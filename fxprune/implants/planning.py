@@ -60,18 +60,10 @@ class Options(Protocol):
     def normalize(self) -> Normalize:
         """How scores are scaled."""
 
-    @property
-    def round_to(self) -> int:
-        """What widths and ranks are multiples of."""
-
-    @property
-    def depthwise_round_to(self) -> int:
-        """The same for depthwise layers."""
-
 
 def plan_tiers(
     program: Program, context: Context, groups: Sequence[Group], problem: Problem,
-    sensitivity: Sensitivity, options: Options,
+    sensitivity: Sensitivity, options: Options, rounding: Rounding,
 ) -> tuple[Plan, Solution]:  # fmt: skip
     """Solve a problem of removal with implants as a third way, and say what gets which.
 
@@ -83,6 +75,7 @@ def plan_tiers(
         problem: of removal alone.
         sensitivity: of the groups' units.
         options: with a share of each cut that gets implants, or ``auto`` for ranks of layers.
+        rounding: what widths and ranks are multiples of.
 
     Raises:
         InputError: a quantity of the problem has no closed form, such as latency.
@@ -99,7 +92,7 @@ def plan_tiers(
     if ratio is None:
         pairs = zip(groups, scores, orders, strict=True)
         by_unit = {group: own[np.argsort(order)] for group, own, order in pairs}
-        ladder = Rounding(options.round_to, options.depthwise_round_to).ladder()
+        ladder = rounding.ladder()
         return _with_layers(program, context, problem, model, by_unit, ladder)
     found = prospects(program, groups, context, SAMPLING)
     mixed = tiers(program, problem, model, scores, orders, found, ratio)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fxprune.graph.program import Program
 from fxprune.latency.model import Calibration, LatencyLedger
+from fxprune.latency.stairs import width_steps
 from fxprune.latency.table import Table
 from fxprune.latency.terms import configs_of, elements_of, latency_terms
 from fxprune.onnx.benchmark import compare
@@ -45,7 +46,7 @@ class Bench:
 
     def ledger(self, program: Program, groups: Sequence[Group]) -> LatencyLedger:
         """Return latency as a function of the number of units removed from each group."""
-        terms = latency_terms(program, groups)
+        terms = latency_terms(program, groups, width_steps(self.table, progress=self.progress))
         self.table.fill((config for term in terms for config in term.configs), self.progress)
         return LatencyLedger.of(terms, len(groups), self.table, self.how)
 

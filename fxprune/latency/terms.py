@@ -14,11 +14,11 @@ from fxprune.graph.cost import batch_of
 from fxprune.graph.program import Program, shape_of
 from fxprune.latency.layer_config import LayerConfig
 from fxprune.latency.layers import Dim, Kind, Layer, layers, layers_of, operator_of, others
+from fxprune.latency.stairs import FINEST, SMALLEST, WidthSteps
 from fxprune.planning.cost_evaluator import Floats
 from fxprune.planning.cost_model import Shrinkage
 from fxprune.structure.groups import Group
 
-BLOCK = 8  # channels that ONNX Runtime's convolutions compute at once, at least
 FINE = 64  # up to so many channels every block is measured
 AXES = 3
 KNOTS = (1, 9, 9, 5)  # per axis, by number of axes
@@ -41,11 +41,12 @@ class Axis:
 
     def knots(self, count: int) -> tuple[int, ...]:
         """Return about ``count`` lengths, ascending: multiples, a short one and the full one."""
-        unit = BLOCK if self.length > BLOCK else 1
+        step = max(self.block, SMALLEST)
+        unit = step if self.length > step else 1
         if self.length > min(FINE, unit * count):
-            unit = 2 * BLOCK if self.length > BLOCK else 1
+            unit = 2 * SMALLEST if self.length > SMALLEST else 1
             unit *= math.ceil(self.length / (unit * (count - 1)))
-        least = (BLOCK,) if unit > BLOCK else ()
+        least = (SMALLEST,) if unit > SMALLEST else ()
         return (*least, *range(unit, self.length, unit), self.length)
 
 
@@ -96,11 +97,20 @@ def elements_of(program: Program) -> float:
     return sum(math.prod(shape_of(node)) for node in others(program)) / batch_of(program)
 
 
-def latency_terms(program: Program, groups: Sequence[Group]) -> list[Term]:
-    """Return the terms of a program's latency over its groups."""
+def latency_terms(
+    program: Program, groups: Sequence[Group], steps: WidthSteps = FINEST
+) -> list[Term]:
+    """Return the terms of a program's latency over its groups.
+
+    Args:
+        program: the program before removal.
+        groups: the groups that may shrink.
+        steps: kernels round the channels of convolutions up to multiples of these.
+
+    """
     shrinkage = Shrinkage.of(program, groups)
     batch = batch_of(program)
-    of_layers = (_of_layer(layer, shrinkage) for layer in layers(program, batch))
+    of_layers = (_of_layer(layer, shrinkage, steps) for layer in layers(program, batch))
     return [*of_layers, *(_of_elements(node, shrinkage, batch) for node in others(program))]
 
 
@@ -108,7 +118,7 @@ def _size(dim: Dim) -> int:
     return dim if isinstance(dim, int) else shape_of(dim[0])[dim[1]]
 
 
-def _of_layer(layer: Layer, shrinkage: Shrinkage) -> Term:
+def _of_layer(layer: Layer, shrinkage: Shrinkage, steps: WidthSteps) -> Term:
     """Join dimensions that shrink in proportion into axes, and build a grid over the axes."""
     sizes = tuple(map(_size, layer.dims))
     tied: dict[bytes, list[int]] = {}
@@ -119,11 +129,13 @@ def _of_layer(layer: Layer, shrinkage: Shrinkage) -> Term:
             shares[number] = shrink / size
             tied.setdefault(np.round(shrink / size, 12).tobytes(), []).append(number)
     members = list(tied.values())[:AXES]
+    depthwise = layer.kind == "conv" and sizes[2] == 1 < sizes[0]
+    step = steps.depthwise if depthwise else steps.dense
     axes = []
     for own in members:
         length = math.gcd(*(sizes[number] for number in own))
         channels = "conv" in layer.kind and length == max(sizes[number] for number in own)
-        axes.append(Axis(length, shares[own[0]] * length, BLOCK if channels else 1))
+        axes.append(Axis(length, shares[own[0]] * length, step if channels else 1))
     knots = tuple(axis.knots(KNOTS[len(axes)]) for axis in axes)
     configs = []
     for point in itertools.product(*knots):

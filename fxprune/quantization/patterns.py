@@ -49,6 +49,7 @@ BACKEND: tuple[Pattern, ...] = (
     Pattern("Sigmoid", (aten.sigmoid,)),
     Pattern("Mul", (aten.mul,)),
     Pattern("Add", (aten.add,), follows=True),
+    Pattern("Concat", (aten.cat,), follows=True),
     Pattern("AveragePool", (aten.avg_pool2d, aten.adaptive_avg_pool2d), follows=True),
 )
 
@@ -72,6 +73,8 @@ def _suits(node: fx.Node, pattern: Pattern) -> bool:
         return len(set(inputs)) == 2 and all(item.op == "call_function" for item in inputs)
     if packet_of(node) is aten.add:
         return len(inputs) == 2 and argument(node, "alpha") == 1 and len(set(inputs)) == 2
+    if pattern.onnx == "Concat":
+        return _joins_signs(node)
     if packet_of(node) is aten.adaptive_avg_pool2d:
         return shape_of(node)[-2:] == (1, 1)
     return True
@@ -128,13 +131,24 @@ def is_move(node: fx.Node) -> bool:
     if known.kind == "pad":
         given = arguments(node)
         return given.get("mode", "constant") != "constant" or not given.get("value")
-    return True
+    return packet_of(node) is not aten.cat or not _joins_signs(node)
+
+
+def _joins_signs(concat: fx.Node) -> bool:
+    """Whether some of the joined values are clamped at zero and others are not.
+
+    With one scale for both the clamps would no longer vanish into it.
+    """
+    return len({_is_floor_at_zero(origin(part)) for part in sources(concat)}) > 1
 
 
 def origin(node: fx.Node) -> fx.Node:
     """Return what a value was before moves; of a concatenation, the first part."""
     while is_move(node):
-        node = next(sources(node))
+        source = next(sources(node), None)
+        if source is None:  # a value whose type is not known yet
+            break
+        node = source
     return node
 
 
