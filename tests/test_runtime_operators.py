@@ -9,6 +9,7 @@ import torch
 from support import trace
 from torch import Tensor, nn
 
+import fxprune
 from fxprune.data.datasets import Arrays
 from fxprune.data.roles import Data
 from fxprune.graph.comparison import relative_error
@@ -73,7 +74,7 @@ def test_standard_files_have_standard_operators_only(converted: Program, tmp_pat
     export_onnx(converted, fast)
     check = export_onnx(converted, standard, standard=True)
     assert check.beyond_standard == ()
-    assert {name.partition(".")[0] for name in operators(standard)} == {""}
+    assert {name.rpartition(".")[0] for name in operators(standard)} == {""}
     assert not any(entry.key == BEYOND_STANDARD for entry in onnx.load(standard).metadata_props)
     assert relative_error(run_onnx(standard)((X,)), run_onnx(fast)((X,))) < 0.02
 
@@ -81,4 +82,18 @@ def test_standard_files_have_standard_operators_only(converted: Program, tmp_pat
 def test_fp32_needs_no_other_operators(tmp_path: Path) -> None:
     program = trace(Tokens().eval(), X[:2])
     assert export_onnx(program, tmp_path / "fp32.onnx").beyond_standard == ()
-    assert {name.partition(".")[0] for name in operators(tmp_path / "fp32.onnx")} == {""}
+    assert {name.rpartition(".")[0] for name in operators(tmp_path / "fp32.onnx")} == {""}
+
+
+@pytest.mark.parametrize("standard", [False, True])
+def test_the_report_names_operators_beyond_the_standard(standard: bool, tmp_path: Path) -> None:
+    passes = "insert-observers{measure=false},train-quantized{samples=32},convert-quantized"
+    result = fxprune.compile(
+        Tokens().eval(), data={"calibration": X}, pipeline=passes, out=tmp_path,
+        standard_onnx=standard, latency_seconds=0.01,
+    )  # fmt: skip
+    named = [note for note in result.report.notes if "only ONNX Runtime has" in note]
+    assert len(named) == (0 if standard else 1)
+    domains = {name.rpartition(".")[0] for name in operators(tmp_path / "model.onnx")}
+    assert domains == ({""} if standard else {"", "com.microsoft"})
+    assert ("standard_onnx" in (tmp_path / "recipe.toml").read_text()) == standard

@@ -155,6 +155,13 @@ def compile_command(
             help="emit INT8 or FP32 (default: INT8 if it is faster and about as accurate)",
         ),
     ] = None,
+    standard_onnx: Annotated[
+        bool | None,
+        typer.Option(
+            "--standard-onnx",
+            help="use only operators of the ONNX standard (default: faster ones of ONNX Runtime)",
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="read the run from a TOML file; options override it")
     ] = None,

@@ -193,7 +193,8 @@ def _measure(job: Job, candidates: Candidates, dense: Exported, folder: Path) ->
     files = {"dense": dense}
     for name, one in candidates.by_name.items():
         samples = () if name == "int8" else job.samples  # INT8 predictions are compared instead
-        files[name] = export(one.program, folder / name, samples)
+        standard = job.options.standard_onnx
+        files[name] = export(one.program, folder / name, samples, standard=standard)
     emitted = time_files(files, job.options.threads or 1, job.options.latency_seconds)
     measured = {
         name: Measured(

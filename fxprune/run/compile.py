@@ -83,6 +83,7 @@ def compile(
     steps: int = Options.steps,
     attention: Preference = Options.attention,
     int8: bool | None = Options.int8,
+    standard_onnx: bool = Options.standard_onnx,
     pipeline: Pipeline | str | None = Options.pipeline,
     out: str | Path | None = None,
     resume: bool = Options.resume,
@@ -117,6 +118,7 @@ def compile(
         steps: number of pruning rounds; the epochs are divided among them.
         attention: remove whole heads, or narrow every head.
         int8: True quantizes to INT8, False keeps FP32; None keeps the better of the two.
+        standard_onnx: write operators of the ONNX standard only, not faster ones of ONNX Runtime.
         pipeline: passes of your own, as a ``Pipeline`` or as text.
         out: the folder for model.onnx, model.pt2, report.json, report.html and recipe.toml, which
             appear together at the end; None writes nothing.
@@ -149,6 +151,7 @@ def compile(
         steps=steps,
         attention=attention,
         int8=int8,
+        standard_onnx=standard_onnx,
         resume=resume,
         calibration=calibration,
         batch_size=batch_size,
@@ -210,7 +213,8 @@ def _export_dense(job: Job, folder: Path) -> Exported | None:
     if not job.options.onnx:
         return None
     job.options.progress.say("exporting the dense model and comparing it in ONNX Runtime")
-    return export(job.dense, folder / "dense", job.samples)
+    standard = job.options.standard_onnx
+    return export(job.dense, folder / "dense", job.samples, standard=standard)
 
 
 def _check_before(job: Job) -> tuple[Job, dict[str, Check]]:

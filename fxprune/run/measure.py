@@ -103,13 +103,20 @@ class Exported:
     check: ExportCheck
 
 
-def export(program: Program, folder: Path, samples: Sequence[tuple[Any, ...]] = ()) -> Exported:
+def export(
+    program: Program,
+    folder: Path,
+    samples: Sequence[tuple[Any, ...]] = (),
+    *,
+    standard: bool = False,
+) -> Exported:
     """Write a program to ``model.onnx`` in a folder of its own, and check it.
 
     Args:
         program: it is moved to the CPU.
         folder: made for this.
         samples: inputs to compare ONNX Runtime on, besides the example inputs.
+        standard: use only operators of the ONNX standard.
 
     Raises:
         ExportError: the program cannot be written as ONNX or run in ONNX Runtime.
@@ -118,7 +125,8 @@ def export(program: Program, folder: Path, samples: Sequence[tuple[Any, ...]] = 
     """
     folder.mkdir(parents=True)
     path = folder / "model.onnx"
-    return Exported(path, export_onnx(program.to("cpu").eval(), path, samples=samples))
+    check = export_onnx(program.to("cpu").eval(), path, samples=samples, standard=standard)
+    return Exported(path, check)
 
 
 def time_files(

@@ -55,6 +55,8 @@ class Options:
         attention: remove whole heads, or narrow every head, in the default pipeline.
         int8: whether the default pipeline quantizes to INT8; None keeps the better of INT8 and
             FP32.
+        standard_onnx: write operators of the ONNX standard only; without it, INT8 files may use
+            faster ones of ONNX Runtime, which the report names.
         pipeline: the passes; None for the default ones.
         calibration: the largest number of calibration samples; None for all.
         batch_size: samples per step when accuracy is measured.
@@ -74,7 +76,7 @@ class Options:
     # Those that a recipe's [run] may set.
     RECIPE_FIELDS: ClassVar[tuple[str, ...]] = (
         "max_drop", "objective", "search_minutes", "calibration", "batch_size", "seed", "device",
-        "threads", "verify", "onnx",
+        "threads", "verify", "onnx", "standard_onnx",
     )  # fmt: skip
 
     targets: tuple[Target, ...] = ()
@@ -86,6 +88,7 @@ class Options:
     steps: int = 1
     attention: Preference = "heads"
     int8: bool | None = None
+    standard_onnx: bool = False
     pipeline: Pipeline | None = None
     calibration: int | None = None
     batch_size: int = 128

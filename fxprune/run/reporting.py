@@ -25,7 +25,7 @@ from fxprune.report.precision import Precision
 from fxprune.run.candidates import Measurements
 from fxprune.run.checkpoint import Journal
 from fxprune.run.job import Job
-from fxprune.run.measure import measures
+from fxprune.run.measure import Emission, measures
 from fxprune.run.search_record import FILE
 from fxprune.structure.groups import Group
 from fxprune.training.evaluate import Evaluation
@@ -54,7 +54,11 @@ def make_report(
         checks,
         tuple(_group(group, journal, chosen.program) for group in job.groups),
         environment(options.device, options.seed, options.threads or 1),
-        (*_notes(job, journal, accuracy), *_loss(job, accuracy, chosen.accuracy)),
+        (
+            *_notes(job, journal, accuracy),
+            *_loss(job, accuracy, chosen.accuracy),
+            *_beyond_standard(chosen.emission),
+        ),
         journal.curves,
         None if chosen.emission is None else chosen.emission.speedup,
         trials=job.trials,
@@ -107,6 +111,15 @@ def _loss(job: Job, before: Evaluation, after: Evaluation) -> Iterator[str]:
         yield (
             f"accuracy fell by {100 * lost:.1f} percentage points: use a milder --target, "
             "fine-tune with --epochs N, or set a limit with --max-drop"
+        )
+
+
+def _beyond_standard(emission: Emission | None) -> Iterator[str]:
+    """Name the operators of the file that only ONNX Runtime has."""
+    if emission is not None and emission.export.beyond_standard:
+        yield (
+            f"model.onnx uses {', '.join(emission.export.beyond_standard)}, which only ONNX "
+            "Runtime has; use --standard-onnx to avoid them"
         )
 
 
