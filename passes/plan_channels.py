@@ -8,7 +8,7 @@ After:
 
 Within a group, units with lower scores are removed first. The number of units to remove from each
 group is solved for all groups together, and costs are computed exactly after every step. Widths are
-multiples of 16 if at least 32 channels remain, of 8 if at least 16 remain, else of 4. The binding
+whole steps of this host's kernels if at least two steps remain, else half steps. The binding
 budget is used up to within 1 %; if no rounded widths achieve this, as few groups as possible are
 rounded less, and the plan says so. Latency is predicted from layers timed in ONNX Runtime on this
 host; then the planned model is timed as a whole, and the plan is corrected. With a latency budget

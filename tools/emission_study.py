@@ -1,7 +1,8 @@
 """Time what fxprune emits beside what it emitted before and beside ONNX Runtime's own quantiser.
 
     python -m tools.emission_study FOLDER [--only resnet18,deit] [--label after] [--macs 50%]
-                                   [--seconds 6] [--placing measure=false]
+                                   [--widths '{"round_to": 16}'] [--placing '{"measure": false}']
+                                   [--seconds 6]
 
 Every network gets random weights and images: only its speed means something. Files are written to
 FOLDER once for each label (``LABEL-fp32.onnx``, ``LABEL-int8.onnx``; with ``--macs`` the pruned
@@ -151,11 +152,10 @@ def emit(name: str, folder: Path, options: argparse.Namespace) -> None:
     if options.macs:
         path = folder / f"{options.label}-{options.macs}.onnx"
         if not path.exists():
-            given = {"round_to": options.round_to} if options.round_to else {}
-            steps = AnnotateSensitivity(criterion="magnitude-l2"), PlanChannels(
-                macs=options.macs, **given
-            ), RemoveChannels(), FoldBatchNorm()  # fmt: skip
-            Pipeline(steps).run(program, context)
+            score, plan = AnnotateSensitivity(criterion="magnitude-l2"), PlanChannels(
+                macs=options.macs, **options.widths
+            )  # fmt: skip
+            Pipeline((score, plan, RemoveChannels(), FoldBatchNorm())).run(program, context)
             export_onnx(program, path)
         return
     FoldBatchNorm()(program, context)
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--only", help="networks, separated by commas")
     parser.add_argument("--label", default="now", help="name of the files written by this code")
     parser.add_argument("--macs", help="prune to this, and leave it in FP32")
-    parser.add_argument("--round-to", type=int, help="widths of the pruned network")
+    parser.add_argument("--widths", type=json.loads, default={}, help="of plan-channels, JSON")
     parser.add_argument("--placing", type=json.loads, default={}, help="of insert-observers, JSON")
     parser.add_argument("--seconds", type=float, default=6)
     options = parser.parse_args()

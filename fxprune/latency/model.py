@@ -2,7 +2,7 @@
 
 A layer's time is measured on a grid of widths: every eighth channel up to 64, coarser beyond, and
 always the full width. Between grid points, times are interpolated linearly in each dimension; the
-channels of a convolution are first rounded up to a multiple of eight, as its kernels do. Times must
+channels of a convolution are first rounded up to whole steps of kernels (``stairs``). Times must
 not fall as a dimension grows: where noise violates this, the smaller layer gets the time of the
 larger one. Operators other than layers take time in proportion to the elements that they compute.
 """
