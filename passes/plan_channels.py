@@ -102,7 +102,8 @@ class PlanChannels(Pass):
     gives: ClassVar[Facts] = frozenset({PLAN})
 
     def __post_init__(self) -> None:
-        Rounding(self.round_to or 1, self.depthwise_round_to or DEPTHWISE_FLOOR)
+        given = {"dense": self.round_to, "depthwise": self.depthwise_round_to}
+        Rounding(**{name: value for name, value in given.items() if value is not None})
         implant_share(self.implant_ratio)
         _ = self.targets
         shares = {"max-ratio": self.max_ratio, "tolerance": self.tolerance, "path": self.path}
