@@ -38,7 +38,7 @@ def test_every_activation_has_a_form_with_two_derivatives(function: Any) -> None
     program = trace(model, x)
     region = cut(next(iter(layers(program))), 8, comparable(program, program.copy()))
     assert region is not None
-    form, obstacle = Linearisable(program, "newton").form(region)
+    form, obstacle = Linearisable().form(region)
     assert obstacle is None
     (place,) = (node for node in program.graph.nodes if node.op == "placeholder")
     with torch.no_grad():

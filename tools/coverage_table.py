@@ -123,10 +123,26 @@ def _rows(records: Sequence[Record]) -> list[str]:
             _number(record, "error", "{:.0e}"), _number(record, "parity", "{:.0e}"),
             _number(record, "groups_peak_mib", "{:.0f} of ")
             + _number(record, "forward_peak_mib", "{:.0f}"),
-            f"fails at {record['failed']}" if record["failed"] else "passes",
+            _result(record),
+            _compiled(record),
         ]  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
     return rows
+
+
+def _result(record: Record) -> str:
+    if record["failed"]:
+        return f"fails at {record['failed']}"
+    return "" if record.get("step") is None and "compile" in record else "passes"
+
+
+def _compiled(record: Record) -> str:
+    """The precision that the whole command chose, its time, or why it failed."""
+    if "compile" not in record:
+        return ""
+    if record["compile"] is None:
+        return f"fails: {_clip(record['compile_why'], 120)}"
+    return f"{record['compile'].upper()}, {record['compile_s']:.0f} s"
 
 
 def _number(record: Record, key: str, form: str, scale: float = 1.0) -> str:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx
 from torch._decomp import decomposition_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from fxprune.graph.program import Program
-from fxprune.reconstruction.lookahead import Curvature, Lookahead, variables
+from fxprune.reconstruction.lookahead import Lookahead, variables
 from fxprune.reconstruction.region import Region
 
 # PyTorch raises these where an operator has no (second) derivative or no shape rule.
@@ -22,17 +23,10 @@ MISSING_DERIVATIVE = (RuntimeError, NotImplementedError)
 
 
 class Linearisable:
-    """Tells which regions have the derivatives that lookahead needs.
+    """Tells which regions have the derivatives that lookahead needs."""
 
-    Args:
-        program: the program that the regions are part of.
-        curvature: the curvature that lookahead uses.
-
-    """
-
-    def __init__(self, program: Program, curvature: Curvature) -> None:
-        self._program, self._curvature = program, curvature
-        self._known: dict[Any, str | None] = {}
+    def __init__(self) -> None:
+        self._known: dict[Any, tuple[Callable[..., Any] | None, str | None]] = {}
 
     def form(self, region: Region) -> tuple[Region, str | None]:
         """Return the region in a form that can be linearised, or the reason why there is none.
@@ -40,36 +34,28 @@ class Linearisable:
         Operators without a second derivative are replaced by PyTorch's decomposition of them, if
         there is one.
         """
-        reason = self._obstacle(region)
-        if reason is None:
-            return region, None
-        forms: dict[fx.Node, Callable[..., Any]] = {}
+        forms = {}
         for node in region.nodes:
-            target: Any = node.target
-            form = decomposition_table.get(target)
-            if form is None or _twice_differentiable(node, target):
-                continue
-            if _twice_differentiable(node, form):
+            form, obstacle = self._of(node)
+            if obstacle is not None:
+                return region, obstacle
+            if form is not None:
                 forms[node] = form
-        decomposed = replace(region, forms=forms)
-        if forms and self._obstacle(decomposed) is None:
-            return decomposed, None
-        return region, reason
+        return (replace(region, forms=forms) if forms else region), None
 
-    def _obstacle(self, region: Region) -> str | None:
-        nodes = tuple((str(node.target), str(node.meta.get("val"))) for node in region.nodes)
-        key = (*nodes, len(region.forms), len(region.outputs))
-        if key not in self._known:  # repeated blocks have equal regions
-            self._known[key] = self._try(region)
+    def _of(self, node: fx.Node) -> tuple[Callable[..., Any] | None, str | None]:
+        """What to call instead of a node's operator, and why that cannot be differentiated."""
+        types = [str(getattr(one.meta.get("val"), "dtype", "")) for one in node.all_input_nodes]
+        key = (str(node.target), *types)  # one call of an operator is as good as another
+        if key not in self._known:
+            target: Any = node.target
+            obstacle, form = _missing(node, target), decomposition_table.get(target)
+            if obstacle is None:
+                form = None
+            elif form is not None and _missing(node, form) is None:
+                obstacle = None
+            self._known[key] = form, obstacle
         return self._known[key]
-
-    def _try(self, region: Region) -> str | None:
-        try:
-            with without_data(self._program, region) as (task, point):
-                task.product(0, point, self._curvature)(point)
-        except MISSING_DERIVATIVE as error:
-            return str(error).strip().split("\n")[0] or type(error).__name__
-        return None
 
 
 @contextmanager
@@ -97,29 +83,30 @@ def _empty(node: fx.Node) -> Any:
     return torch.empty_like(value) if isinstance(value, Tensor) else value
 
 
-def _twice_differentiable(node: fx.Node, call: Any) -> bool:
+def _missing(node: fx.Node, call: Any) -> str | None:
+    """Why a call on a node's inputs cannot be differentiated twice, if so."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
         args, keywords = fx.map_arg((node.args, node.kwargs), _leaf)
-        leaves = [
-            leaf
-            for leaf in pytree.tree_leaves((args, keywords))
-            if isinstance(leaf, Tensor) and leaf.requires_grad
-        ]
+        leaves = _with_gradients((args, keywords))
         try:
-            made = [
-                leaf
-                for leaf in pytree.tree_leaves(call(*args, **keywords))
-                if isinstance(leaf, Tensor) and leaf.requires_grad
-            ]
+            with sdpa_kernel(SDPBackend.MATH):
+                made = _with_gradients(call(*args, **keywords))
             if made:
                 probes = [torch.zeros_like(leaf, requires_grad=True) for leaf in made]
                 options: Any = {"allow_unused": True, "materialize_grads": True}
                 first = torch.autograd.grad(made, leaves, probes, create_graph=True, **options)
-                slopes = [leaf for leaf in first if leaf.requires_grad]
-                torch.autograd.grad(slopes, probes, [part.detach() for part in slopes], **options)
-        except MISSING_DERIVATIVE:
-            return False
-    return True
+                slopes = _with_gradients(first)
+                if slopes:
+                    seeds = [part.detach() for part in slopes]
+                    torch.autograd.grad(slopes, probes, seeds, **options)
+        except MISSING_DERIVATIVE as error:
+            return str(error).strip().split("\n")[0] or type(error).__name__
+    return None
+
+
+def _with_gradients(values: Any) -> list[Tensor]:
+    leaves = pytree.tree_leaves(values)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
 def _leaf(node: fx.Node) -> Any:

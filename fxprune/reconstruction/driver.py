@@ -133,7 +133,7 @@ def _plan(
     """Return the regions of the layers that can be re-fitted, and the other layers."""
     usable = comparable(program, dense)
     regions, declined = [], []
-    derivatives = Linearisable(program, settings.curvature)
+    derivatives = Linearisable()
     for layer in layers(program):
         if chosen is not None and not chosen(layer.weight):
             continue
