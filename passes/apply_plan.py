@@ -44,6 +44,7 @@ class ApplyPlan(Pass):
 
     name: ClassVar[str] = "apply-plan"
     keeps: ClassVar[Facts] = frozenset({MASKS, REMOVED})
+    repeats: ClassVar[str | None] = "the plan's numbers are units of the program it was made for"
 
     @property
     def plan(self) -> NetworkPlan:

@@ -25,7 +25,7 @@ from typing import ClassVar, get_args
 
 import numpy as np
 
-from fxprune.errors import BudgetError, InputError
+from fxprune.errors import InputError
 from fxprune.graph.cost import cost
 from fxprune.graph.facts import PLAN, SENSITIVITY, Plan, Sensitivity
 from fxprune.graph.program import Program
@@ -41,10 +41,10 @@ from fxprune.planning.cost_evaluator import Costs, Ledger, Ledgers
 from fxprune.planning.cost_model import cost_model
 from fxprune.planning.problem import Problem
 from fxprune.planning.ranking import Normalize, cheapest_first, losses
-from fxprune.planning.selection import candidates, shares
+from fxprune.planning.selection import eligible, shares
 from fxprune.planning.solver import solve
 from fxprune.planning.widths import DEPTHWISE_FLOOR, Rounding, widths
-from fxprune.structure.groups import Group, find_groups
+from fxprune.structure.groups import Group
 from fxprune.structure.merging import Ints
 from fxprune.structure.removal import remove_units
 
@@ -122,11 +122,7 @@ class PlanChannels(Pass):
         if not self.targets:
             raise InputError("plan-channels has no budget; give, for example, macs=50%")
         sensitivity = program.get(SENSITIVITY)
-        every = find_groups(program, sensitivity.attention)
-        groups, skips = candidates(every, sensitivity, self.protect)
-        if not groups:
-            why = "; ".join(sorted({skip.reason for skip in skips})[:3]) or "there are no groups"
-            raise BudgetError(f"no unit can be removed, so no budget can be met: {why}")
+        groups, skips = eligible(program, sensitivity, self.protect)
         orders = [cheapest_first(sensitivity, group) for group in groups]
 
         def to_remove(removed: Ints) -> dict[Group, list[int]]:
@@ -171,13 +167,10 @@ class PlanChannels(Pass):
     ) -> Iterator[tuple[str, bool]]:
         """Every unit is planned for once."""
         plan = program.get(PLAN)
-        for group, units in plan.remove.items():
-            both = set(units) & set(plan.implant.get(group, ()))
-            yield (
-                f"units of {group} are listed once, in ascending order",
-                list(units) == sorted(set(units)),
-            )
-            yield f"no unit of {group} is both removed and replaced", not both
+        both = [set(units) & set(plan.implant.get(name, ())) for name, units in plan.remove.items()]
+        once = all(list(units) == sorted(set(units)) for units in plan.remove.values())
+        yield "the units of every group are listed once, in ascending order", once
+        yield "no unit is both removed and replaced", not any(both)
 
     def _rounding(self, context: Context, floor: int) -> Rounding:
         """Return the rounding that was asked for, or the one that this host's kernels reward."""

@@ -23,6 +23,7 @@ from fxprune.errors import PreconditionError
 from fxprune.graph.program import Program
 from fxprune.passes import (
     AnnotateSensitivity,
+    ApplyPlan,
     ConvertQuantized,
     Finetune,
     FoldBatchNorm,
@@ -169,6 +170,7 @@ class Case:
 
 
 CASES = [
+    Case(ApplyPlan(units={"1.weight:0": (0, 3)}), "plain"),
     Case(RemoveBlocks(macs="90%"), "residual"),
     Case(RemoveBlocks(macs="80%"), "attention"),
     *(Case(ANNOTATE, model, same=True) for model in MODELS),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"fxprune": 250, "passes": 200, "tools": 250, "examples": 250}
+LIMITS = {"fxprune": 300, "passes": 200, "tools": 300, "examples": 300}
 FUNCTION = 40
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fxprune.errors import BudgetError
 from fxprune.graph.facts import Sensitivity
+from fxprune.graph.program import Program
 from fxprune.pipeline.contract import Skip
 from fxprune.pipeline.patterns import names_of_tensor, select, select_any
-from fxprune.structure.groups import Group
+from fxprune.structure.groups import Group, find_groups
 
 
 def names_of(group: Group) -> tuple[str, ...]:
@@ -51,3 +53,19 @@ def candidates(
         elif len(group.units) > 1:
             chosen.append(group)
     return chosen, tuple(skips)
+
+
+def eligible(
+    program: Program, sensitivity: Sensitivity, protect: Sequence[str]
+) -> tuple[list[Group], tuple[Skip, ...]]:
+    """Find a program's groups, and return those that may lose units; see ``candidates``.
+
+    Raises:
+        BudgetError: there is none, so that no budget can be met.
+
+    """
+    groups, skips = candidates(find_groups(program, sensitivity.attention), sensitivity, protect)
+    if not groups:
+        why = "; ".join(sorted({skip.reason for skip in skips})[:3]) or "there are no groups"
+        raise BudgetError(f"no unit can be removed, so no budget can be met: {why}")
+    return groups, skips
