@@ -19,6 +19,7 @@ from fxprune.errors import InputError, PostconditionError
 from fxprune.graph.program import Program
 from fxprune.onnx.benchmark import compare, open_session
 from fxprune.onnx.export import export_onnx
+from fxprune.onnx.runtime import least_sizes
 from fxprune.structure.verify import sample_units
 
 
@@ -157,3 +158,16 @@ def test_what_one_file_cannot_hold_is_written_beside_it(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
     assert check.onnx_bytes >= 4 * 64 * 64
     assert open_session(tmp_path / "m.onnx", 1).get_inputs()
+
+
+def test_small_values_of_a_sigmoid_are_compared_with_its_range(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 1), nn.Sigmoid(), nn.Flatten(0))
+    nn.init.constant_(model[0].bias, -15.5)  # type: ignore[arg-type]
+    program = trace(model, torch.randn(1, 6))
+    assert float(program(torch.randn(1, 6)).max()) < 1e-5
+    check = fxprune.export_onnx(program, tmp_path / "m.onnx")
+    assert check.parity is not None
+    assert check.parity <= 1e-6
+    assert least_sizes(program) == [1.0]
+    assert least_sizes(trace(nn.Linear(6, 1), torch.randn(1, 6))) == [0.0]

@@ -31,7 +31,7 @@ from fxprune.onnx.quantized_nodes import (
     shield_floats,
 )
 from fxprune.onnx.random_draws import draws, with_fixed_draws
-from fxprune.onnx.runtime import apart, feeds, quiet, run, session_of
+from fxprune.onnx.runtime import apart, feeds, least_sizes, quiet, run, session_of
 from fxprune.onnx.runtime_operators import RUNTIME_TRANSLATIONS, use_runtime_operators
 from fxprune.onnx.trim import trim
 
@@ -177,9 +177,9 @@ def _compared(program: Program, path: Path, samples: Sequence[tuple[Any, ...]]) 
 
 def _parity(program: Program, path: Path, samples: Sequence[tuple[Any, ...]] = ()) -> float:
     """The largest relative difference of ONNX Runtime from PyTorch."""
-    session = session_of(path)
+    session, least = session_of(path), least_sizes(program)
     return max(
-        apart(run(program, inputs), session.run(None, feeds(session, inputs)))
+        apart(run(program, inputs), session.run(None, feeds(session, inputs)), least)
         for inputs in _calls(program, samples)
     )
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import onnxruntime
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxprune.graph.comparison import relative_error
+from fxprune.graph.operators import operator_of
 from fxprune.graph.program import Program
 
 
@@ -34,10 +35,30 @@ def session_of(path: Path, *, fused: bool = True) -> onnxruntime.InferenceSessio
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def apart(expected: Sequence[Any], found: Sequence[Any]) -> float:
-    """The largest relative difference between outputs."""
-    pairs = zip(map(torch.as_tensor, expected), map(torch.as_tensor, found), strict=True)
-    return max((relative_error(left, right) for left, right in pairs), default=0.0)
+def apart(expected: Sequence[Any], found: Sequence[Any], least: Sequence[float] = ()) -> float:
+    """The largest relative difference between outputs whose sizes count as ``least`` at least."""
+    worst = 0.0
+    for left, right, size in zip(expected, found, least or [0.0] * len(expected), strict=True):
+        left, right = torch.as_tensor(left), torch.as_tensor(right)
+        error = relative_error(left, right)
+        largest = float(left.abs().max()) if size and left.numel() else size
+        worst = max(worst, error * largest / size if 0 < largest < size else error)
+    return worst
+
+
+def least_sizes(program: Program) -> list[float]:
+    """By output tensor, how large its largest value counts at least: 1 of what lies in -1..1."""
+    output = program.graph.output_node()
+    leaves = [leaf for leaf in pytree.tree_leaves(output.args[0]) if isinstance(leaf, fx.Node)]
+    made = [leaf for leaf in leaves if isinstance(leaf.meta.get("val"), Tensor)]
+    return [float(operator_of(_origin(node)).bounded) for node in made]
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """What a value was before its elements were moved."""
+    while operator_of(node).moves_data or operator_of(node).identity:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def feeds(session: onnxruntime.InferenceSession, inputs: tuple[Any, ...]) -> dict[str, Any]:
