@@ -165,7 +165,7 @@ def test_small_values_of_a_sigmoid_are_compared_with_its_range(tmp_path: Path) -
     model = nn.Sequential(nn.Linear(6, 1), nn.Sigmoid(), nn.Flatten(0))
     nn.init.constant_(model[0].bias, -15.5)  # type: ignore[arg-type]
     program = trace(model, torch.randn(1, 6))
-    assert float(program(torch.randn(1, 6)).max()) < 1e-5
+    assert program(torch.randn(1, 6)).detach().max() < 1e-5
     check = fxprune.export_onnx(program, tmp_path / "m.onnx")
     assert check.parity is not None
     assert check.parity <= 1e-6
