@@ -35,6 +35,7 @@ def draw(study: Study, seed: int, factors: str, minutes: float) -> dict[str, Any
         verify=False, progress=Tracker(shown=True),
     )  # fmt: skip
     report = result.report
+    assert report.speedup is not None
     check = report.checks["max_drop"]
     found = {
         "dense": asdict(report.before),

@@ -282,6 +282,7 @@ def _inaccurate(fp32: Evaluation, int8: Evaluation, min_accuracy: float | None) 
         return None
     lost = fp32.accuracy - int8.accuracy
     reason = f"INT8 loses {100 * lost:.2f} percentage points more accuracy"
-    if min_accuracy is not None and int8.accuracy < min_accuracy <= fp32.accuracy:
-        return f"{reason}, which exceeds max-drop"
+    if min_accuracy is not None:
+        exceeds = int8.accuracy < min_accuracy <= fp32.accuracy
+        return f"{reason}, which exceeds max-drop" if exceeds else None
     return reason if lost > MAX_INT8_LOSS + 1 / max(int8.predictions, 1) else None

@@ -42,6 +42,7 @@ from fxprune.run.checks import (
     checks_without_file,
     result_checks,
 )
+from fxprune.run.domination import better_without_pruning
 from fxprune.run.frontier import parse_factors, write_points
 from fxprune.run.job import Job, checkpoint_of, make_job, with_searched_targets
 from fxprune.run.measure import Exported, export
@@ -197,12 +198,15 @@ def _run(
                     if not job.alternatives or keeps_promise(job, accuracy, chosen.accuracy):
                         break
                 checks |= _check_after(job, chosen, accuracy, measured.no_file)
+                notes = better_without_pruning(job, chosen, Path(scratch))
                 checks |= _check_int8(job, measured)
                 frontier = write_points(job, accuracy, dense, staging)
                 if chosen.emission is not None:
                     chosen.emission.move_to(staging)
             report = make_report(job, measured, precision, accuracy, checks, frontier)
-            report = replace(report, seconds=time.perf_counter() - start)
+            report = replace(
+                report, notes=(*report.notes, *notes), seconds=time.perf_counter() - start
+            )
             names = write_files(job, chosen.program, report, staging)
         checkpoint.drop()
     return Result(chosen.program, report, {name: folder / name for name in names} if out else {})
