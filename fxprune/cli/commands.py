@@ -13,6 +13,24 @@ from rich.console import Console
 from fxprune import passes as registry
 from fxprune.cli.allocator import keep_freed_memory
 from fxprune.cli.exits import exits
+from fxprune.cli.options import (
+    Arch,
+    ArchOption,
+    Crop,
+    DataName,
+    DataOption,
+    Debug,
+    ImageSize,
+    InputShape,
+    Interpolation,
+    Json,
+    Mean,
+    Model,
+    Std,
+    Threads,
+    Trust,
+    Words,
+)
 from fxprune.cli.request import Request, read_text, split, typed
 from fxprune.data.batches import batches
 from fxprune.errors import InputError
@@ -39,57 +57,6 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )  # fmt: skip
-
-Words = list[str] | None
-Model = Annotated[str, typer.Argument(help="model file: state dict, exported program or module")]
-Arch = Annotated[
-    str | None,
-    typer.Option(
-        help="architecture of a state dict: torchvision:NAME, timm:NAME or package.module:factory"
-    ),
-]
-ArchOption = Annotated[
-    Words, typer.Option(help="pass name=value to the architecture's factory; repeatable")
-]
-DataName = Annotated[
-    str | None,
-    typer.Option(help="data set: image folder, .npz file, digits or package.module:factory"),
-]
-DataOption = Annotated[
-    Words, typer.Option(help="pass name=value to the data's factory; repeatable")
-]
-InputShape = Annotated[
-    str | None, typer.Option(help="shape of one sample, e.g. 3,32,32 (default: from the data)")
-]
-ImageSize = Annotated[
-    str | None,
-    typer.Option(help="resize and crop images to this size, e.g. 224 (default: the model's)"),
-]
-Mean = Annotated[
-    str | None, typer.Option(help="per-channel mean, for pixels scaled to [0, 1], e.g. 0.5,0.5,0.5")
-]
-Std = Annotated[
-    str | None, typer.Option(help="per-channel standard deviation, for pixels scaled to [0, 1]")
-]
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust-pickle", help="allow unpickling, which can execute code stored in the file"
-    ),
-]
-Crop = Annotated[
-    float | None,
-    typer.Option(
-        help="fraction of a resized image that the crop keeps, e.g. 0.875 (default: the model's)"
-    ),
-]
-Interpolation = Annotated[
-    str | None,
-    typer.Option(help="filter to resize images, e.g. bicubic (default: the model's)"),
-]
-Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks and all warnings")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Threads = Annotated[int | None, typer.Option(min=1, help="threads of PyTorch and ONNX Runtime")]
 
 
 @app.command("compile")

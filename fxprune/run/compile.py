@@ -48,7 +48,7 @@ from fxprune.run.job import Job, checkpoint_of, make_job, with_searched_targets
 from fxprune.run.measure import Exported, export
 from fxprune.run.options import Objective, Options, make_options
 from fxprune.run.output import staged
-from fxprune.run.plan_search import attempts, keeps_promise, with_searched_plan
+from fxprune.run.planned import attempts, keeps_promise, with_searched_plan
 from fxprune.run.reporting import make_report, write_files
 from fxprune.training.evaluate import Evaluation
 

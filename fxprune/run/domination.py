@@ -28,7 +28,7 @@ def better_without_pruning(job: Job, chosen: Measured, folder: Path) -> tuple[st
     """
     static = job.options.pipeline is None and job.targets and not job.searches_plan
     accuracy = chosen.accuracy.accuracy
-    if not static or job.options.int8 is False or accuracy is None:
+    if not static or job.options.int8 is False or accuracy is None or chosen.emission is None:
         return ()
     job.options.progress.say("comparing with the dense model in INT8")
     program, path = job.dense.copy(), folder / "dense-int8.onnx"

@@ -1,4 +1,4 @@
-"""The search for the fastest network within a limit: a path of plans, trials, and the choice.
+"""A path of plans for a whole network, and what trials and measurements say of its points.
 
 Three sets of samples are kept apart: those that repair networks, those that judge trials (both are
 parts of the calibration samples), and the evaluation samples, which only check what was chosen.
@@ -7,9 +7,8 @@ parts of the calibration samples), and the evaluation samples, which only check 
 from __future__ import annotations
 
 import functools
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +38,7 @@ from fxprune.pipeline.driver import Pipeline
 from fxprune.planning.budget import Target
 from fxprune.planning.search import Trial
 from fxprune.planning.widths import Rounding
-from fxprune.run.checks import check_drop
 from fxprune.run.job import Job
-from fxprune.run.options import pipeline_for_plan
 from fxprune.run.search_record import search_record
 from fxprune.search.damage import Damage
 from fxprune.search.descent import Descent, Point
@@ -61,67 +58,6 @@ CORRECTIONS = 4  # times that predictions are corrected by a measurement
 # Trials repair quickly, and the full repair loses less. These shares of the allowed loss, as trials
 # see it, are tried in turn until the evaluation samples confirm one.
 CONFIDENCE = (1.25, 0.6, 0.25)
-
-
-def with_searched_plan(job: Job) -> Job:
-    """Replace the passes of a job by those that carry out the best plan for the whole network.
-
-    Without targets it is the fastest one within ``max_drop``, with a target for latency the most
-    accurate one within it. Jobs with other targets or a pipeline of their own are returned as they
-    are, and so is a job whose accuracy cannot be measured, unless it sets ``max_drop``.
-
-    Raises:
-        InputError: a limit on the accuracy lost was set, and accuracy cannot be measured.
-        BudgetError: no plan meets the latency target.
-
-    """
-    if not job.searches_plan:
-        return job
-    by_latency = bool(job.targets)
-    if not by_latency and (obstacle := _obstacle(job)) is not None:
-        if job.options.max_drop is not None:
-            raise InputError(f"max-drop needs accuracy, which cannot be measured: {obstacle}")
-        return job.with_default_targets(f"no search for the fastest network: {obstacle}")
-    with tempfile.TemporaryDirectory(prefix="fxprune-") as folder:
-        search = PlanSearch(job, Path(folder))
-        plans = search.within_latency() if by_latency else search.within_drop()
-        frontier = search.frontier(job.options.frontier)
-    options = job.options
-    if not by_latency:
-        options = replace(options, max_drop=options.allowed_drop)
-    pipelines = [pipeline_for_plan(plan, options) for plan in plans]
-    return replace(
-        job, options=options, pipeline=pipelines[0], alternatives=tuple(pipelines[1:]),
-        trials=tuple(search.trials), frontier=frontier, search=search.record(),
-        notes=(*job.notes, *search.notes),
-    )  # fmt: skip
-
-
-def attempts(job: Job) -> Iterator[Job]:
-    """Yield a job and, for as long as the caller goes on, the same with safer passes."""
-    yield job
-    for number, pipeline in enumerate(job.alternatives, start=1):
-        note = "a faster network lost too much on the evaluation samples; this one is safer"
-        yield replace(
-            job, pipeline=pipeline, alternatives=job.alternatives[number:], notes=(*job.notes, note)
-        )  # fmt: skip
-
-
-def keeps_promise(job: Job, before: Evaluation, after: Evaluation) -> bool:
-    """Return whether a result loses no more accuracy than its job allows."""
-    limit = job.options.max_drop
-    return limit is None or check_drop(before, after, limit).passed is not False
-
-
-def _obstacle(job: Job) -> str | None:
-    """Return why accuracy cannot be measured, on one batch of the evaluation samples."""
-    if not job.options.onnx:
-        return "--no-onnx was given, and latency is measured in ONNX Runtime"
-    if job.data is None or job.data.eval is None:
-        return "there is no evaluation data"
-    few = subset(job.data.eval, 4, job.options.seed)
-    found = replace(job.judge, data=replace(job.data, eval=few)).program(job.dense, "evaluating")
-    return None if found.accuracy is not None else found.note or "the targets are not classes"
 
 
 class PlanSearch:
