@@ -12,8 +12,7 @@ whole steps of this host's kernels if at least two steps remain, else half steps
 budget is used up to within 1 %; if no rounded widths achieve this, as few groups as possible are
 rounded less, and the plan says so. Latency is predicted from layers timed in ONNX Runtime on this
 host; then the planned model is timed as a whole, and the plan is corrected. With a latency budget
-all widths are multiples of 4, and up to 2 % of the budget may stay unused. Budgets that cannot be
-met are errors that say why; so are name patterns that match nothing.
+all widths are multiples of 4, and up to 2 % of the budget may stay unused.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ from fxprune.graph.program import Program
 from fxprune.implants.planning import implant_share, plan_tiers
 from fxprune.latency.bench import Bench
 from fxprune.latency.plan import latency_bench, solve_and_try
-from fxprune.latency.stairs import width_steps
-from fxprune.latency.table import Table
+from fxprune.latency.stairs import rounding_for
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass
 from fxprune.planning.budget import Name, Target
@@ -134,28 +132,24 @@ class PlanChannels(Pass):
             remove_units(small, to_remove(removed))
             return small
 
-        timed = None
+        timed, plan = None, None
         by_latency = any(target.name == "latency" for target in self.targets)
         with latency_bench(program, context) if by_latency else nullcontext() as bench:
             problem = self._problem(program, context, groups, sensitivity, bench)
             if self.implant_ratio:
-                rounding = self._rounding(context, floor=1)
-                plan, found = plan_tiers(
-                    program, context, groups, problem, sensitivity, self, rounding
-                )
+                step = rounding_for(self.round_to, self.depthwise_round_to, 1, context)
+                plan, found = plan_tiers(program, context, groups, problem, sensitivity, self, step)
+            elif bench is None:
+                found = solve(problem)
             else:
-                if bench is None:
-                    found = solve(problem)
-                else:
-                    found, timed = solve_and_try(problem, bench, cut, self.corrections)
-                remove = to_remove(found.removed)
-                plan = Plan({group.name: tuple(units) for group, units in remove.items()})
+                found, timed = solve_and_try(problem, bench, cut, self.corrections)
+        if plan is None:
+            plan = Plan({g.name: tuple(units) for g, units in to_remove(found.removed).items()})
         predicted = dict(zip(problem.costs.quantities, found.values.tolist(), strict=True))
         plan = replace(plan, notes=found.notes, predicted=predicted)
         program.put(PLAN, replace(plan, attention=sensitivity.attention))
         details = {
             "limits": dict(zip(predicted, problem.limits.tolist(), strict=True)),
-            "units": sum(map(len, plan.remove.values())),
             "implants": dict(plan.kinds),
             "sensitivity_spent": found.loss,
             "latency": timed,
@@ -171,15 +165,6 @@ class PlanChannels(Pass):
         once = all(list(units) == sorted(set(units)) for units in plan.remove.values())
         yield "the units of every group are listed once, in ascending order", once
         yield "no unit is both removed and replaced", not any(both)
-
-    def _rounding(self, context: Context, floor: int) -> Rounding:
-        """Return the rounding that was asked for, or the one that this host's kernels reward."""
-        dense, depthwise = self.round_to, self.depthwise_round_to
-        if dense is None or depthwise is None:
-            steps = width_steps(Table.open(context.threads), progress=context.progress)
-            dense = dense or 2 * steps.dense
-            depthwise = depthwise or 2 * steps.depthwise
-        return Rounding(dense, depthwise, floor)
 
     def _problem(
         self, program: Program, context: Context, groups: list[Group],
@@ -197,7 +182,8 @@ class PlanChannels(Pass):
         ]
         # Kernels are several times slower at other widths, and the table of latencies lacks them.
         floor = 1 if bench is None else DEPTHWISE_FLOOR
-        roundings = self._rounding(context, floor).ladder()
+        rounding = rounding_for(self.round_to, self.depthwise_round_to, floor, context)
+        roundings = rounding.ladder()
         fixed = shares(self.ratios, groups)
         found = widths(program, groups)
         levels = [

@@ -11,9 +11,10 @@ import fxprune
 from fxprune.graph.functionalize import is_view
 from fxprune.graph.operators import FAMILIES, operator_of, packets
 from fxprune.graph.program import Program
-from fxprune.structure.flow import Flow, NotCovered
+from fxprune.structure.flow import Flow
 from fxprune.structure.groups import Group
 from fxprune.structure.labels import Labels
+from fxprune.structure.reads import NotCovered
 from fxprune.structure.rules import registry
 from fxprune.structure.rules.record import OperatorRule
 

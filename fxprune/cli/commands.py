@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +31,7 @@ from fxprune.cli.options import (
     Trust,
     Words,
 )
+from fxprune.cli.pick import pick_command
 from fxprune.cli.request import Request, read_text, split, typed
 from fxprune.data.batches import batches
 from fxprune.errors import InputError
@@ -47,10 +48,8 @@ from fxprune.report.inspection_html import inspection_html
 from fxprune.report.listing import describe, print_passes
 from fxprune.report.table import print_latencies, print_report
 from fxprune.run.compile import compile as compile_model
-from fxprune.run.options import Objective, Options, pipeline_for_plan
+from fxprune.run.options import Objective
 from fxprune.run.output import check_writable, prepare
-from fxprune.run.search_record import FILE as SEARCH
-from fxprune.run.search_record import pick
 
 app = typer.Typer(
     help="Make trained PyTorch models physically smaller, export ONNX and verify the result.",
@@ -192,36 +191,7 @@ def compile_command(
     raise typer.Exit(0 if result.report.ok else 1)
 
 
-@app.command("pick")
-def pick_command(
-    folder: Annotated[Path, typer.Argument(help="results of a compile that searched")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="folder for the results")],
-    max_drop: Annotated[
-        float | None, typer.Option(help="largest accuracy loss allowed, in percentage points")
-    ] = None,
-    latency: Annotated[
-        str | None, typer.Option(help="largest latency allowed, e.g. 2ms, 50% or 2x")
-    ] = None,
-    trust_pickle: Trust = False,
-    debug: Debug = False,
-) -> None:
-    """Make another model from the search of an earlier compile, without searching again."""
-    with exits(debug):
-        check_writable(out)
-        plan = pick(folder / SEARCH, max_drop=max_drop, latency=latency)
-        recipe = folder / "recipe.toml"
-        read = read_recipe(read_text(recipe, "recipe"), registry.known(), f"the recipe {recipe}")
-        request, options = split(typed(read.options, f"the recipe {recipe}"))
-        request = replace(request, trust_pickle=trust_pickle)
-        options |= {"max_drop": max_drop}
-        result = compile_model(
-            request.load_model(), request.example_inputs(), out=out,
-            data=request.load_data(options.get("seed", 0)),
-            pipeline=pipeline_for_plan(plan, Options()), origin=request.recipe_fields(), **options,
-        )  # fmt: skip
-        print_report(result.report, Console())
-        print(f"\nwrote {', '.join(result.files)} in {out}")
-    raise typer.Exit(0 if result.report.ok else 1)
+app.command("pick")(pick_command)
 
 
 @app.command("inspect")

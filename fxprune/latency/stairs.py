@@ -12,7 +12,9 @@ import numpy as np
 
 from fxprune.latency.layer_config import Form, LayerConfig
 from fxprune.latency.table import Table
+from fxprune.pipeline.context import Context
 from fxprune.pipeline.progress import Tracker
+from fxprune.planning.widths import Rounding
 
 SMALLEST = 8  # channels that kernels compute at once at least
 WIDEST = 64
@@ -44,6 +46,25 @@ def width_steps(table: Table, form: Form = "fp32", progress: Tracker | None = No
     depthwise = [LayerConfig("conv", _square(28), (width, width, 1)) for width in widths.tolist()]
     table.fill([*dense, *depthwise], progress, (form,))
     return WidthSteps(*(step_of(table.us(configs, form)) for configs in (dense, depthwise)))
+
+
+def rounding_for(
+    dense: int | None, depthwise: int | None, floor: int, context: Context
+) -> Rounding:
+    """Return the rounding of widths that was asked for, or else two steps of this host's kernels.
+
+    Args:
+        dense: multiple of ordinary widths; None to measure.
+        depthwise: the same where a depthwise convolution runs.
+        floor: what every width is a multiple of.
+        context: for the threads and the progress of measurements.
+
+    """
+    if dense is None or depthwise is None:
+        steps = width_steps(Table.open(context.threads), progress=context.progress)
+        dense = dense or 2 * steps.dense
+        depthwise = depthwise or 2 * steps.depthwise
+    return Rounding(dense, depthwise, floor)
 
 
 def _square(size: int) -> tuple[int, ...]:

@@ -18,10 +18,11 @@ from torch import Tensor, fx
 from fxprune.graph.hooks import Call, run_with_hooks
 from fxprune.graph.node_args import arguments
 from fxprune.graph.program import Program, shape_of
-from fxprune.structure.flow import Flow, Read
+from fxprune.structure.flow import Flow
 from fxprune.structure.groups import Analysis, Group, analyse
 from fxprune.structure.labels import Labels
 from fxprune.structure.merging import Ints
+from fxprune.structure.reads import Read
 
 
 @dataclass(frozen=True)

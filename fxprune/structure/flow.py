@@ -23,14 +23,10 @@ from fxprune.structure.choices import Choices, Survey
 from fxprune.structure.describe import describe, fixed_size
 from fxprune.structure.labels import DimLabels, Labels, SplitLabels, gather, rows, unlabelled
 from fxprune.structure.merging import Merges, Reason
+from fxprune.structure.reads import NotCovered, Read
 
 aten = torch.ops.aten
 Rule = Callable[["Flow", fx.Node], Any]
-Path = tuple[int | str, ...]
-
-
-class NotCovered(Exception):  # noqa: N818  # an answer rather than a fault
-    """Raised by a rule for a call that it does not cover; the message says what is special."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +43,6 @@ class Rules:
     own: Mapping[Any, Rule]
     registered: Mapping[Any, Rule]
     pointwise: Rule
-
-
-@dataclass(frozen=True)
-class Read:
-    """A place where a node sums over a dimension of an argument.
-
-    Attributes:
-        argument: which one: positions in ``node.args``, nested ones included.
-        dim: the dimension that is summed away.
-
-    """
-
-    argument: Path
-    dim: int
 
 
 @dataclass(eq=False)

@@ -17,8 +17,8 @@ from fxprune.graph.draws import FixedDraws
 from fxprune.graph.functionalize import state_kept
 from fxprune.graph.hooks import Call, run_with_hooks
 from fxprune.graph.program import Program
-from fxprune.structure.flow import Read
 from fxprune.structure.groups import Group
+from fxprune.structure.reads import Read
 from fxprune.structure.removal import Kept, identify, remaining_indices, remove_units
 
 DRAW = 0.5  # what a standard normal draw gives while a removal is checked

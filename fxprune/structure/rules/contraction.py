@@ -9,57 +9,20 @@ import torch
 from torch import fx
 
 from fxprune.graph.node_args import argument, arguments
-from fxprune.structure.flow import Flow, NotCovered, Path, Read, Rule
+from fxprune.structure.flow import Flow, Rule
 from fxprune.structure.labels import DimLabels, Labels
+from fxprune.structure.reads import NotCovered, Path, Read
+from fxprune.structure.rules.products import chain, contract, dim_letters, inner, outer, tensordot
 from fxprune.structure.rules.record import OperatorRule, Remaining
 
 aten = torch.ops.aten
-
-
-def contract(
-    flow: Flow, node: fx.Node, operands: list[tuple[Path, Labels, str]], result: str
-) -> Labels:
-    """Label a product given by letters, as einsum would write it.
-
-    Dimensions with the same letter keep the same indices; a letter absent from ``result`` is
-    summed over, which is where removed units cease to be read.
-
-    Args:
-        flow: the labels so far.
-        node: the product.
-        operands: argument position, labels, and one letter per dimension.
-        result: one letter per dimension of the result.
-
-    """
-    entries: tuple[DimLabels, ...] = ()
-    reads = []
-    for letter in dict.fromkeys("".join(letters for _, _, letters in operands)):
-        places = [
-            (path, labels, dim)
-            for path, labels, letters in operands
-            for dim, name in enumerate(letters)
-            if name == letter
-        ]
-        out_dim = result.find(letter)
-        found = flow.align(node, [(labels, dim) for _, labels, dim in places], max(out_dim, 0))
-        if out_dim >= 0:
-            entries += found
-        else:  # sizes of one are read as often as the others are long
-            path, _, dim = next((at for at in places if at[1].shape[at[2]] > 1), places[0])
-            reads.append(Read(path, dim))
-    flow.reads[node] = flow.reads.get(node, ()) + tuple(reads)
-    return Labels(tuple(node.meta["val"].shape), entries)
-
-
-def _letters(count: int) -> str:
-    return "abcdefghijklmnopqrstuvw"[:count]
 
 
 def linear(flow: Flow, node: fx.Node) -> Any:
     """``y[..., o] = sum over i of x[..., i] w[o, i] + b[o]``."""
     given = arguments(node)
     operand, weight = flow.labels(given["input"]), flow.labels(given["weight"])
-    batch = _letters(len(operand.shape) - 1)
+    batch = dim_letters(len(operand.shape) - 1)
     places = [((0,), operand, batch + "x"), ((1,), weight, "yx" if len(weight.shape) == 2 else "x")]
     if isinstance(given["bias"], fx.Node):
         places.append(((2,), flow.labels(given["bias"]), "y"))
@@ -70,7 +33,7 @@ def matmul(flow: Flow, node: fx.Node) -> Any:
     """Batched matrix product with broadcast batch dimensions."""
     left, right = flow.labels(node.args[0]), flow.labels(node.args[1])
     rank = max(len(left.shape), len(right.shape), 2)
-    batch = _letters(rank - 2)
+    batch = dim_letters(rank - 2)
     left_letters = "y" if len(left.shape) == 1 else batch[rank - len(left.shape) :] + "xy"
     right_letters = "y" if len(right.shape) == 1 else batch[rank - len(right.shape) :] + "yz"
     result = batch + ("x" if len(left.shape) > 1 else "") + ("z" if len(right.shape) > 1 else "")
@@ -81,7 +44,7 @@ def matmul(flow: Flow, node: fx.Node) -> Any:
 def addmm(flow: Flow, node: fx.Node) -> Any:
     """``bias + left @ right``; the bias broadcasts."""
     bias, left, right = (flow.labels(operand) for operand in node.args[:3])
-    batch = _letters(len(left.shape) - 2)
+    batch = dim_letters(len(left.shape) - 2)
     result = batch + "xz"
     places: list[tuple[Path, Labels, str]] = [
         ((1,), left, batch + "xy"),
@@ -97,7 +60,7 @@ def bilinear(flow: Flow, node: fx.Node) -> Any:
     """``y[..., o] = sum over i, j of x[..., i] w[o, i, j] z[..., j] + b[o]``."""
     given = arguments(node)
     left, right = flow.labels(given["input1"]), flow.labels(given["input2"])
-    batch = _letters(len(left.shape) - 1)
+    batch = dim_letters(len(left.shape) - 1)
     places: list[tuple[Path, Labels, str]] = [
         ((0,), left, batch + "x"),
         ((1,), right, batch + "y"),
@@ -154,7 +117,7 @@ def attention(flow: Flow, node: fx.Node) -> Any:
     """``softmax(q k' / sqrt(d) + mask) v``; query heads may share key and value heads."""
     given = arguments(node)
     query, key, value = (flow.labels(given[name]) for name in ("query", "key", "value"))
-    batch = _letters(max(len(labels.shape) for labels in (query, key, value)) - 2)
+    batch = dim_letters(max(len(labels.shape) for labels in (query, key, value)) - 2)
     _note_roles(flow, node, query, key)
     _note_roles(flow, node, value, value)
     if given["enable_gqa"] and query.shape[-3] != key.shape[-3]:
@@ -184,7 +147,7 @@ def _repeat_heads(labels: Labels, heads: int) -> Labels:
 def distances(flow: Flow, node: fx.Node) -> Any:
     """Distances between all pairs of rows: a sum over the last dimension."""
     left, right = flow.labels(node.args[0]), flow.labels(node.args[1])
-    batch = _letters(len(node.meta["val"].shape) - 2)
+    batch = dim_letters(len(node.meta["val"].shape) - 2)
     places: list[tuple[Path, Labels, str]] = [
         ((number,), labels, batch[len(batch) + 2 - len(labels.shape) :] + row + "z")
         for number, labels, row in ((0, left, "x"), (1, right, "y"))
@@ -201,7 +164,7 @@ def pairwise(flow: Flow, node: fx.Node) -> Any:
     if given["keepdim"]:
         raise NotCovered("it keeps the dimension that it sums over")
     left, right = flow.labels(given["x1"]), flow.labels(given["x2"])
-    letters = _letters(max(len(left.shape), len(right.shape)) - 1) + "z"
+    letters = dim_letters(max(len(left.shape), len(right.shape)) - 1) + "z"
     places: list[tuple[Path, Labels, str]] = [
         ((number,), labels, letters[len(letters) - len(labels.shape) :])
         for number, labels in enumerate((left, right))
@@ -209,57 +172,6 @@ def pairwise(flow: Flow, node: fx.Node) -> Any:
     labels = contract(flow, node, places, letters[:-1])
     flow.reads[node] += (Read((1,), len(right.shape) - 1),)
     return labels
-
-
-def outer(flow: Flow, node: fx.Node) -> Any:
-    """All products of two vectors' elements."""
-    left, right = flow.labels(node.args[0]), flow.labels(node.args[1])
-    return contract(flow, node, [((0,), left, "x"), ((1,), right, "y")], "xy")
-
-
-def inner(flow: Flow, node: fx.Node) -> Any:
-    """A sum over the last dimensions of both."""
-    left, right = flow.labels(node.args[0]), flow.labels(node.args[1])
-    if not left.shape or not right.shape:
-        raise NotCovered("it multiplies by a single number")
-    letters = _letters(len(left.shape) + len(right.shape) - 2)
-    first, second = letters[: len(left.shape) - 1], letters[len(left.shape) - 1 :]
-    places: list[tuple[Path, Labels, str]] = [
-        ((0,), left, first + "z"),
-        ((1,), right, second + "z"),
-    ]
-    return contract(flow, node, places, letters)
-
-
-def tensordot(flow: Flow, node: fx.Node) -> Any:
-    """A sum over pairs of dimensions."""
-    given = arguments(node)
-    left, right = flow.labels(given["self"]), flow.labels(given["other"])
-    letters = _letters(len(left.shape) + len(right.shape))
-    first, second = letters[: len(left.shape)], list(letters[len(left.shape) :])
-    summed = ""
-    for dim, other in zip(given["dims_self"], given["dims_other"], strict=True):
-        if left.shape[dim] != right.shape[other]:
-            raise NotCovered("it sums one side before it multiplies")
-        second[other % len(second)] = first[dim]
-        summed += first[dim]
-    result = "".join(letter for letter in [*first, *second] if letter not in summed)
-    return contract(flow, node, [((0,), left, first), ((1,), right, "".join(second))], result)
-
-
-def chain(flow: Flow, node: fx.Node) -> Any:
-    """A product of several matrices; the first and the last may be vectors."""
-    operands = [flow.labels(item) for item in arguments(node)["tensors"]]
-    letters = "abcdefghijklmnopqrstuvw"
-    places: list[tuple[Path, Labels, str]] = []
-    for number, labels in enumerate(operands):
-        pair = letters[number : number + 2]
-        is_row = len(labels.shape) == 1
-        places.append(((0, number), labels, pair[1 if number == 0 else 0] if is_row else pair))
-    result = ("" if len(operands[0].shape) == 1 else letters[0]) + (
-        "" if len(operands[-1].shape) == 1 else letters[len(operands)]
-    )
-    return contract(flow, node, places, result)
 
 
 def added(letters: tuple[str, str, str]) -> Rule:

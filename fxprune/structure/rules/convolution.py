@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.graph.node_args import argument, arguments, assign
-from fxprune.structure.flow import Flow, NotCovered, Read
+from fxprune.structure.flow import Flow
 from fxprune.structure.labels import DimLabels, Labels
+from fxprune.structure.reads import NotCovered, Read
 from fxprune.structure.rules.record import OperatorRule, Remaining
 
 aten = torch.ops.aten

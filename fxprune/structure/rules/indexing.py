@@ -9,8 +9,9 @@ from torch import Tensor, fx
 
 from fxprune.graph.node_args import arguments
 from fxprune.graph.surgery import set_tensor
-from fxprune.structure.flow import Flow, NotCovered
+from fxprune.structure.flow import Flow
 from fxprune.structure.labels import DimLabels, Labels
+from fxprune.structure.reads import NotCovered
 from fxprune.structure.rules.movement import replay
 from fxprune.structure.rules.record import OperatorRule, Remaining
 

@@ -11,8 +11,9 @@ from torch import Tensor, fx
 from fxprune.graph.node_args import argument, arguments
 from fxprune.graph.operators import packets
 from fxprune.graph.surgery import rewrite_call
-from fxprune.structure.flow import Flow, NotCovered
+from fxprune.structure.flow import Flow
 from fxprune.structure.labels import DimLabels, Labels, spread
+from fxprune.structure.reads import NotCovered
 from fxprune.structure.rules.record import OperatorRule, Remaining, Repair
 
 aten = torch.ops.aten

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.graph.node_args import arguments
-from fxprune.structure.flow import Flow, NotCovered, Read, Rule
+from fxprune.structure.flow import Flow, Rule
 from fxprune.structure.labels import DimLabels, Labels
+from fxprune.structure.reads import NotCovered, Read
 from fxprune.structure.rules.record import OperatorRule
 
 aten = torch.ops.aten
