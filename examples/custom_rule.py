@@ -25,8 +25,8 @@ from torch import Tensor, fx, nn
 import fxprune
 from fxprune.graph.macs import Place, every_dimension
 from fxprune.structure.flow import Flow
-from fxprune.structure.reads import NotCovered
 from fxprune.structure.labels import Labels
+from fxprune.structure.reads import NotCovered
 from fxprune.structure.rules.products import contract
 from fxprune.structure.rules.record import Remaining
 
