@@ -41,7 +41,7 @@ def seed() -> None:
 def steps_of_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let default widths be the same wherever tests run: multiples of 16, depthwise of 8."""
     steps = WidthSteps(8, 4)
-    monkeypatch.setattr("fxprune.passes.plan_channels.width_steps", lambda *_, **__: steps)
+    monkeypatch.setattr("fxprune.latency.stairs.width_steps", lambda *_, **__: steps)
 
 
 @pytest.fixture
