@@ -26,7 +26,7 @@ from fxprune.graph.program import Program
 from fxprune.graph.surgery import drop_unused
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass
-from fxprune.quantization.codes import convert
+from fxprune.quantization.conversion import convert
 
 
 @dataclass(frozen=True)
@@ -49,5 +49,5 @@ class ConvertQuantized(Pass):
         self, program: Program, context: Context, outcome: Outcome
     ) -> Iterator[tuple[str, bool]]:
         """Every fake-quantizer was converted."""
-        left = [node.name for node in program.graph.nodes if node.target is FAKE_QUANTIZE]
-        yield "no fake-quantizer is left", not left
+        remaining = [node.name for node in program.graph.nodes if node.target is FAKE_QUANTIZE]
+        yield "no fake-quantizer remains", not remaining

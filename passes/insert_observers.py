@@ -42,8 +42,8 @@ from fxprune.latency.table import Table
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass, ReportTable, Skip
 from fxprune.pipeline.patterns import names_of_tensor, select_any
-from fxprune.quantization.activations import element_wise, spell
-from fxprune.quantization.fake_quantizers import observe, sites, sums_overflow
+from fxprune.quantization.activations import decompose, element_wise
+from fxprune.quantization.fake_quantizers import observe, observer_sites, sums_overflow
 from fxprune.quantization.patterns import (
     has_weight,
     is_depthwise,
@@ -90,13 +90,18 @@ class InsertObservers(Pass):
     gives: ClassVar[Facts] = frozenset({OBSERVED})
 
     def run(self, program: Program, context: Context) -> Outcome:
-        """Insert; changes counts observers, and nodes that were spelled in other words for them."""
+        """Insert; changes counts observers, and nodes that were decomposed for them."""
         present = {DEQUANTIZE, FAKE_QUANTIZE}
-        if sites(program) or any(node.target in present for node in program.graph.nodes):
+        if observer_sites(program) or any(node.target in present for node in program.graph.nodes):
             return Outcome()
         spelled = spell_transposed(program)
         skips: list[Skip] = []
-        fp32 = self._fp32(program)
+        names: dict[fx.Node, tuple[str, ...]] = {node: (node.name,) for node in _layers(program)}
+        for node in names:
+            weight = node.args[1]
+            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                names[node] += names_of_tensor(weight_name(node))
+        fp32 = select_any(self.fp32, names, "insert-observers{fp32}", "layer")
         chosen: set[fx.Node] = set()
         for node in _layers(program):
             if reason := self._obstacle(program, node, node in fp32):
@@ -114,8 +119,9 @@ class InsertObservers(Pass):
         skips += [
             Skip(node.name, _slowness(timed[node])) for node in program.graph.nodes if node in slow
         ]
-        spelled += self._spell(program) if chosen else 0
-        alone = set() if none_gains else spell(program, gaining - chosen)
+        if chosen:
+            spelled += self._spell(program)
+        alone = set() if none_gains else decompose(program, gaining - chosen)
         alone |= {node for node in program.graph.nodes if self.attention and is_product(node)}
         placement = place(program, frozenset(chosen - slow | alone))
         layers = {node.name: weight_name(node) for node in placement.layers}
@@ -137,16 +143,11 @@ class InsertObservers(Pass):
         yield "every layer that is to run in INT8 exists", names >= set(layers)
 
     def _spell(self, program: Program) -> int:
-        """Write what is to run on codes in operators that the table knows; returns how many."""
+        """Decompose means and attention into operators with INT8 kernels; return their number."""
         spelled = spell_means(program) + (spell_attention(program) if self.attention else 0)
         if spelled:
             program.refresh()
         return spelled
-
-    def _fp32(self, program: Program) -> frozenset[fx.Node]:
-        """The layers that the user wants in FP32."""
-        names = {node: (node.name, *_stored_names(node)) for node in _layers(program)}
-        return select_any(self.fp32, names, "insert-observers{fp32}", "layer")
 
     def _obstacle(self, program: Program, layer: fx.Node, named: bool) -> str | None:
         weight = layer.args[1]
@@ -166,12 +167,6 @@ class InsertObservers(Pass):
 def _layers(program: Program) -> list[fx.Node]:
     """The calls that could run in INT8 and have a weight."""
     return [node for node in program.graph.nodes if has_weight(node)]
-
-
-def _stored_names(layer: fx.Node) -> tuple[str, ...]:
-    weight = layer.args[1]
-    stored = isinstance(weight, fx.Node) and weight.op == "get_attr"
-    return names_of_tensor(weight_name(layer)) if stored else ()
 
 
 def _slowness(timing: LayerTiming) -> str:

@@ -31,7 +31,7 @@ from fxprune.graph.program import Program
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Facts, Outcome, Pass, ReportTable
 from fxprune.quantization.bias import correct_biases
-from fxprune.quantization.fake_quantizers import remeasure, settle, sites, walk
+from fxprune.quantization.fake_quantizers import calibrate, freeze, observer_sites, remeasure
 from fxprune.quantization.layer_costs import rounding_costs
 from fxprune.quantization.observers import Method
 from fxprune.quantization.recovery import recover
@@ -117,17 +117,17 @@ class TrainQuantized(Pass):
         self, program: Program, context: Context, outcome: Outcome
     ) -> Iterator[tuple[str, bool]]:
         """Every observer became a fake-quantizer."""
-        yield "no observer is left", not sites(program)
+        yield "no observer remains", not observer_sites(program)
 
     def _calibrate(self, program: Program, context: Context) -> tuple[int, dict[str, Any]]:
-        """Turn observers into fake-quantisers; returns how many, and what else was done."""
-        found = sites(program)
-        observers = walk(program, context, found, self.observer, self.samples, self.batch_size)
-        count = settle(program, found, observers, self.observer, search_weights=self.search_weights)
+        """Turn observers into fake-quantisers; return their number and details of the report."""
+        found = observer_sites(program)
+        size = self.samples, self.batch_size
+        observers = calibrate(program, context, found, self.observer, *size)
+        count = freeze(program, found, observers, self.observer, search_weights=self.search_weights)
         details: dict[str, Any] = {}
-        exact = program.copy(share=True)  # keeps the tensors that are replaced from here on
+        exact = program.copy(share=True)  # has the unrounded tensors, which are replaced below
         if self.rounding == "adaptive":
-            size = self.samples, self.batch_size
             rounded = round_weights(program, context, *size, means=self.bias_correction)
             details |= to_details(rounded)
         if self.bias_correction:
@@ -135,20 +135,20 @@ class TrainQuantized(Pass):
         return count, details
 
     def _recover(self, program: Program, context: Context) -> Outcome:
-        def calibrate(trial: Program) -> None:
+        def prepare(trial: Program) -> None:
             self._calibrate(trial, context)
 
         size = self.samples, self.batch_size
-        found = recover(program, context, self.recover, calibrate, *size)
+        found = recover(program, context, self.recover, prepare, *size)
         note = f"rounding changes {found.gaps[0]:.2f} % of predictions"
         if found.weights:
-            left = ", ".join(found.weights)
-            note += f", and {found.gaps[-1]:.2f} % with these layers in FP32: {left}"
+            names = ", ".join(found.weights)
+            note += f", and {found.gaps[-1]:.2f} % with these layers in FP32: {names}"
         if found.gaps[0] - found.gaps[-1] < min(self.recover, found.gaps[0]):
             note += f"; that recovers less than the {self.recover:g} points requested"
         details = {
             "sensitivity": dict(found.costs),
-            "floats": list(found.weights),
+            "fp32": list(found.weights),
             "disagreement": list(found.gaps),
         }
         return Outcome(0, (), details, (note,), (_table(found.costs, found.weights),))
@@ -172,11 +172,11 @@ class TrainQuantized(Pass):
         return guarded(program, context, schedule, self.held_out, learn)
 
 
-def _table(costs: Mapping[str, float], floats: Collection[str] = ()) -> ReportTable:
+def _table(costs: Mapping[str, float], fp32: Collection[str] = ()) -> ReportTable:
     """Rounding errors by layer, for the report."""
     whole = sum(costs.values()) or 1.0
     rows = [
-        (name, f"{cost:.2e}", f"{100 * cost / whole:.1f} %", "FP32" if name in floats else "INT8")
+        (name, f"{cost:.2e}", f"{100 * cost / whole:.1f} %", "FP32" if name in fp32 else "INT8")
         for name, cost in costs.items()
     ]
     columns = "layer", "rise in loss", "share", "runs as"

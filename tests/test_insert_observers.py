@@ -18,7 +18,7 @@ from fxprune.passes import InsertObservers
 from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Skip
 from fxprune.pipeline.progress import Tracker
-from fxprune.quantization.fake_quantizers import sites
+from fxprune.quantization.fake_quantizers import observer_sites
 from fxprune.quantization.patterns import pattern_of
 from fxprune.quantization.timing import layer_timings
 
@@ -51,7 +51,7 @@ def test_a_convolution_and_its_relu_have_codes_before_and_after() -> None:
 
 def test_values_that_meet_in_a_concatenation_share_a_scale() -> None:
     program, _ = observed()
-    keys = [site.key for site in sites(program) if not site.symmetric]
+    keys = [site.key for site in observer_sites(program) if not site.symmetric]
     stem, down, added, left, right = "relu6", "conv2d_1", "relu", "relu_1", "relu_2"
     assert keys.count(left) == 2
     assert right not in keys
@@ -65,7 +65,7 @@ def test_layers_named_by_a_pattern_stay_in_floating_point() -> None:
     program, context = shortcuts()
     outcome = InsertObservers(fp32=("hidden*", "conv2d_3"), measure=False)(program, context)
     assert {skip.node for skip in outcome.skips} == {"linear", "conv2d_3"}
-    weights = {site.key for site in sites(program) if site.symmetric}
+    weights = {site.key for site in observer_sites(program) if site.symmetric}
     assert weights == {"stem.weight", "down.weight", "left.weight", "head.weight"}
 
 
@@ -150,6 +150,9 @@ def test_layers_that_lose_by_int8_are_left_and_named(
         "stem.weight", "down.weight", "left.weight", "right.weight",
     }  # fmt: skip
     (table,) = outcome.tables
+    int8 = set(program.get(OBSERVED).layers.values())
+    assert {row[0] for row in table.rows if row[3] == "INT8"} >= int8
+    assert table.rows[0][0].endswith(".weight")
     assert table.rows[0][1:] == ("30.0", "10.0", "FP32")
 
 

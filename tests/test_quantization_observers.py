@@ -21,7 +21,7 @@ def watched(*batches: Tensor) -> Observer:
     for batch in batches:
         observer.extremes(batch)
     for batch in batches:
-        observer.tally(batch)
+        observer.add_to_histogram(batch)
     return observer
 
 

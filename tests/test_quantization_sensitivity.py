@@ -14,7 +14,7 @@ from fxprune.data.roles import Data
 from fxprune.graph.custom_ops import fake_quantize
 from fxprune.passes import InsertObservers, TrainQuantized
 from fxprune.pipeline.context import Context
-from fxprune.quantization.fake_quantizers import fakes
+from fxprune.quantization.fake_quantizers import fake_quantizer_sites
 from fxprune.quantization.layer_costs import rounding_costs
 
 
@@ -27,7 +27,7 @@ def test_a_linear_model_costs_what_its_gauss_newton_matrix_says() -> None:
     InsertObservers(reduce_range=True, measure=False)(program, context)
     TrainQuantized(bias_correction=False)(program, context)
     found = rounding_costs(program, context, 4000, 500)
-    site = {site.symmetric: site for site in fakes(program)}
+    site = {site.symmetric: site for site in fake_quantizer_sites(program)}
 
     def rounded(symmetric: bool, value: torch.Tensor) -> torch.Tensor:
         this = site[symmetric]

@@ -19,7 +19,7 @@ from fxprune.onnx.export import export_onnx
 from fxprune.onnx.quantized_nodes import inspect_fusion
 from fxprune.passes import ConvertQuantized, FoldBatchNorm, InsertObservers, TrainQuantized
 from fxprune.pipeline.context import Context
-from fxprune.quantization.activations import element_wise, spell
+from fxprune.quantization.activations import decompose, element_wise
 from fxprune.training.evaluate import run_onnx
 
 X = torch.randn(32, 3, 12, 12)
@@ -65,7 +65,7 @@ def test_spelled_activations_compute_the_same(name: str) -> None:
     expected = program(X)
     found = element_wise(program)
     assert len(found) == 4  # two activations, the gate and its product
-    runs = spell(program, found)
+    runs = decompose(program, found)
     assert runs <= set(program.graph.nodes)
     torch.testing.assert_close(program(X), expected, rtol=1e-5, atol=1e-5)
 

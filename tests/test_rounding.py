@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from fxprune.quantization.adaptive import moved, round_adaptively
+from fxprune.quantization.adaptive import round_adaptively, squared_change
 
 
 def problem(outputs: int, features: int, groups: int = 2) -> tuple[Tensor, Tensor]:
@@ -26,8 +26,8 @@ def best(steps: Tensor, gram: Tensor) -> Tensor:
 
 def test_comes_near_the_best_of_all_ways_to_round() -> None:
     steps, gram = problem(16, 8)
-    found = moved(round_adaptively(steps, gram, 127) - steps, gram)
-    nearest, least = moved(steps.round() - steps, gram), best(steps, gram)
+    found = squared_change(round_adaptively(steps, gram, 127) - steps, gram)
+    nearest, least = squared_change(steps.round() - steps, gram), best(steps, gram)
     assert bool((found <= nearest).all())
     assert bool((found >= least * (1 - 1e-9)).all())
     assert float(found.sum()) < 1.2 * float(least.sum()) < 0.7 * float(nearest.sum())

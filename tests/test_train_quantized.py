@@ -17,7 +17,7 @@ from fxprune.graph.program import Program
 from fxprune.passes import TrainQuantized
 from fxprune.pipeline.context import Context
 from fxprune.quantization import recovery as quantization_recovery
-from fxprune.quantization.fake_quantizers import fakes, sites
+from fxprune.quantization.fake_quantizers import fake_quantizer_sites, observer_sites
 from fxprune.quantization.observers import Method
 
 
@@ -40,9 +40,9 @@ def error(program: Program, context: Context) -> float:
 @pytest.mark.parametrize("method", get_args(Method))
 def test_calibration_comes_near_the_dense_program(method: str) -> None:
     program, context = calibrated(observer=method)
-    assert sites(program) == ()
+    assert observer_sites(program) == ()
     assert error(program, context) < 0.15
-    for site in fakes(program):
+    for site in fake_quantizer_sites(program):
         assert bool((program.tensor(site.key) > 0).all())
 
 
@@ -59,7 +59,7 @@ def test_relu_has_its_zero_at_the_lowest_code_and_a_clamp_its_ceiling() -> None:
 def test_correcting_biases_leaves_the_means_of_the_dense_program(
     rounding: str, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fxprune.quantization.bias, "MEMORY", memory)
+    monkeypatch.setattr(fxprune.quantization.bias, "MAX_VALUE_BYTES", memory)
     plain, context = calibrated(bias_correction=False)
     corrected, _ = calibrated(samples=96, rounding=rounding)
     x, dense = images(context), context.dense
@@ -125,10 +125,10 @@ def test_layers_are_left_in_floating_point_until_predictions_are_won_back(
     before = set(program.get(OBSERVED).layers.values())
     outcome = TrainQuantized(recover=8.0)(program, context)
     assert outcome.details["disagreement"] == [10.0, 6.0, 1.0]
-    left = outcome.details["floats"]
+    left = outcome.details["fp32"]
     assert left
     assert set(program.get(CALIBRATED).layers.values()) == before - set(left)
-    rounded = {site.value.target for site in fakes(program) if site.symmetric}
+    rounded = {site.value.target for site in fake_quantizer_sites(program) if site.symmetric}
     assert rounded == before - set(left)
     assert f"1.00 % with these layers in FP32: {', '.join(left)}" in str(outcome.notes)
     (table,) = outcome.tables
@@ -140,14 +140,14 @@ def test_nothing_is_left_where_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(quantization_recovery, "disagreement", lambda *_: 0.0)
     program, context = observed(reduce_range=True)
     outcome = TrainQuantized(recover=1.0)(program, context)
-    assert outcome.details["floats"] == []
+    assert outcome.details["fp32"] == []
     assert outcome.notes == ("rounding changes 0.00 % of predictions",)
 
 
 def test_adaptive_rounding_keeps_to_the_range() -> None:
     adaptive, context = calibrated(rounding="adaptive")
     assert error(adaptive, context) < 0.15
-    for site in fakes(adaptive):
+    for site in fake_quantizer_sites(adaptive):
         if site.symmetric:
             weight = adaptive.tensor(str(site.value.target)).detach()
             scale = adaptive.tensor(site.key)

@@ -1,1 +1,1 @@
-"""Values as 8-bit codes."""
+"""Quantisation to INT8: placement, observers, scales, rounding, conversion."""

@@ -1,4 +1,4 @@
-"""Activations in the operators that ONNX Runtime has INT8 kernels for.
+"""Activations as operators that have INT8 kernels in ONNX Runtime.
 
 ``silu(x)`` is ``x * sigmoid(x)``, and ``hardsigmoid(x)`` is ``relu6(x + 3) / 6``: a sum with a
 number, whose clamp and division become part of the scale of the quantised result.
@@ -18,37 +18,39 @@ from fxprune.graph.surgery import insert_call, read_tensor, replace_node, set_te
 from fxprune.quantization.patterns import pattern_of
 
 aten = torch.ops.aten
-SPELLED = (aten.silu, aten.hardsigmoid, aten.hardswish)
+DECOMPOSED = (aten.silu, aten.hardsigmoid, aten.hardswish)
 
 
 def element_wise(program: Program) -> list[fx.Node]:
     """Return the activations, and the products element by element, that can run in INT8."""
-    return [node for node in program.graph.nodes if _is_candidate(node)]
+    found = []
+    for node in program.graph.nodes:
+        pattern = pattern_of(node)
+        source = node.args[0] if packet_of(node) in DECOMPOSED else None
+        computed = isinstance(source, fx.Node) and source.op == "call_function"
+        if computed or (pattern is not None and pattern.onnx in ("Sigmoid", "Mul")):
+            found.append(node)
+    return found
 
 
-def _is_candidate(node: fx.Node) -> bool:
-    if packet_of(node) in SPELLED:
-        source = node.args[0]
-        return isinstance(source, fx.Node) and source.op == "call_function"
-    pattern = pattern_of(node)
-    return pattern is not None and pattern.onnx in ("Sigmoid", "Mul")
-
-
-def spell(program: Program, chosen: Collection[fx.Node]) -> set[fx.Node]:
-    """Write the chosen activations in operators with INT8 kernels; return what runs in INT8."""
+def decompose(program: Program, chosen: Collection[fx.Node]) -> set[fx.Node]:
+    """Replace the chosen activations by operators with INT8 kernels; return those that run so."""
     found: set[fx.Node] = set()
     for node in [node for node in program.graph.nodes if node in chosen]:
-        found |= _spelled(program, node) if packet_of(node) in SPELLED else {node}
+        found |= _decomposed(program, node) if packet_of(node) in DECOMPOSED else {node}
     program.refresh()
     return found
 
 
-def _spelled(program: Program, node: fx.Node) -> set[fx.Node]:
+def _decomposed(program: Program, node: fx.Node) -> set[fx.Node]:
     x, kind = node.args[0], packet_of(node)
     if kind is aten.silu:
         gate = last = insert_call(program, node, aten.sigmoid.default, (x,))
     else:
-        gate = insert_call(program, node, aten.add.Tensor, (x, _three(program, node)))
+        name = unused_name(program, f"{node.name}_offset")
+        set_tensor(program, name, torch.tensor([3.0], device=node.meta["val"].device))
+        three = read_tensor(program, name, node)
+        gate = insert_call(program, node, aten.add.Tensor, (x, three))
         clamped = insert_call(program, node, aten.hardtanh.default, (gate, 0.0, 6.0))
         last = insert_call(program, node, aten.div.Tensor, (clamped, 6.0))
     if kind is aten.hardsigmoid:
@@ -57,9 +59,3 @@ def _spelled(program: Program, node: fx.Node) -> set[fx.Node]:
     product = insert_call(program, node, aten.mul.Tensor, (x, last))
     replace_node(program, node, product)
     return {gate, product}
-
-
-def _three(program: Program, node: fx.Node) -> fx.Node:
-    name = unused_name(program, f"{node.name}_offset")
-    set_tensor(program, name, torch.tensor([3.0], device=node.meta["val"].device))
-    return read_tensor(program, name, node)

@@ -1,9 +1,9 @@
-"""Bias correction: what rounding shifts in a layer's mean output, its bias takes back.
+"""Bias correction: biases compensate for the shift that rounding causes in mean outputs.
 
-Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv
-1906.04721, section 4.2, by the empirical means of calibration samples. Layers are corrected in
-order, each on inputs that are already corrected. Every batch moves the biases by its share, one
-part in as many as there have been batches, so that they settle at the average.
+The method is that of Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
+Correction, arXiv 1906.04721, section 4.2, with the means of calibration samples. Layers are
+corrected in order, each on inputs that are already corrected. Batch ``n`` moves the biases by
+``1/n`` of its own correction, so that they converge to the average over batches.
 """
 
 from __future__ import annotations
@@ -25,25 +25,28 @@ from fxprune.pipeline.context import Context
 from fxprune.quantization.fake_quantizers import unrounding
 from fxprune.quantization.patterns import pattern_of
 
-MEMORY = 2**28  # bytes that a batch's largest value may fill
+MAX_VALUE_BYTES = 2**28  # of the largest value of a batch
 
 
 def correct_biases(program: Program, exact: Program, context: Context, samples: int) -> int:
-    """Correct the bias of every fake-quantised layer that has one; returns how many.
+    """Correct the bias of every fake-quantised layer that has one; return their number.
 
     Args:
-        program: with fake-quantisers.
-        exact: the same with the weights and biases that means are to be those of.
-        context: for calibration samples.
-        samples: how many of them at most.
+        program: a program with fake-quantisers.
+        exact: the same program with unrounded weights, whose means the outputs should have.
+        context: calibration samples, device and seed.
+        samples: largest number of calibration samples.
 
     """
     biases = {
         node: bias for node in program.graph.nodes if (bias := _own_bias(program, node)) is not None
     }
-    program.refresh()  # memory is told by the values of nodes, and fake-quantisers are new
-    most = max(1, MEMORY // _largest(program))
-    stream = calibration_stream(program, context, samples, most, remainder="spread")
+    program.refresh()  # fake-quantisers have no shapes yet
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "call_function"]
+    sizes = (v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
+    sample_bytes = max(1, max(sizes, default=1) // batch_of(program))
+    size = max(1, MAX_VALUE_BYTES // sample_bytes)
+    stream = calibration_stream(program, context, samples, size, remainder="spread")
     means: dict[str, Tensor] = {}
     watched = _unrounded(exact, {node.name for node in biases}, means)
     with (
@@ -57,15 +60,8 @@ def correct_biases(program: Program, exact: Program, context: Context, samples: 
     return len(biases)
 
 
-def _largest(program: Program) -> int:
-    """Bytes of the largest value of one sample."""
-    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "call_function"]
-    sizes = (v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
-    return max(1, max(sizes, default=1) // batch_of(program))
-
-
 def _own_bias(program: Program, node: fx.Node) -> str | None:
-    """The name of a layer's bias, if it is stored for this layer alone."""
+    """The name of a layer's bias, if no other layer reads it."""
     pattern = pattern_of(node) if node.op == "call_function" else None
     if pattern is None or pattern.weight is None:
         return None
@@ -79,7 +75,7 @@ def _own_bias(program: Program, node: fx.Node) -> str | None:
 
 
 def _channel_means(node: fx.Node, value: Tensor) -> Tensor:
-    """Average over all but the channels: the last dimension of a linear layer, else the second."""
+    """Means per channel: the last dimension of a linear layer, the second of other layers."""
     axis = value.dim() - 1 if node.target is torch.ops.aten.linear.default else 1
     return value.double().mean([dim for dim in range(value.dim()) if dim != axis])
 
@@ -87,7 +83,7 @@ def _channel_means(node: fx.Node, value: Tensor) -> Tensor:
 def _unrounded(
     exact: Program, layers: Collection[str], means: dict[str, Tensor]
 ) -> dict[fx.Node, Hook]:
-    """Hooks that skip all rounding and keep the means of layers."""
+    """Hooks that skip all rounding and record the means of layers."""
 
     def keep(call: Call) -> Tensor:
         value: Tensor = call.value()
@@ -101,7 +97,7 @@ def _unrounded(
 def _corrected(
     program: Program, layers: Mapping[fx.Node, str], means: Mapping[str, Tensor], share: float
 ) -> dict[fx.Node, Hook]:
-    """Hooks that move each bias by a share of what its layer's means are off by."""
+    """Hooks that move each bias by a share of the error of its layer's means."""
 
     def correct(call: Call) -> Tensor:
         node, name, value = call.node, layers[call.node], call.value()

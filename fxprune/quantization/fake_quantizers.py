@@ -1,4 +1,4 @@
-"""Quantising a program: observers in, their findings to scales, fake-quantisers to codes."""
+"""Observers and fake-quantisers of a program: insertion, calibration, and frozen scales."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fxprune.pipeline.context import Context
 from fxprune.quantization.observers import Method, Observer, activation_scale, weight_scale
 from fxprune.quantization.patterns import Placement, sums_exactly
 
-ACTIVATION_CODES = (0, 255)
-WEIGHT_CODE = 127  # of two weights side by side, with rounding: 255 * (127 + 1) < 2**15
-HOME = "quantizers"  # under which the scales of activations are found
+ACTIVATION_RANGE = (0, 255)
+WEIGHT_LIMIT = 127  # two neighbouring weights share it, with rounding: 255 * (127 + 1) < 2**15
+SCALES_MODULE = "quantizers"  # prefix of the names of activations' scales
 
 
 def sums_overflow() -> bool:
@@ -32,7 +32,7 @@ def sums_overflow() -> bool:
 
 
 @dataclass(frozen=True)
-class Site:
+class QuantizerSite:
     """One observer or fake-quantiser: a node, and its arguments by name."""
 
     node: fx.Node
@@ -44,16 +44,22 @@ class Site:
     axis: int
 
 
-def sites(program: Program) -> tuple[Site, ...]:
-    """Return all observers of a program, in its order."""
-    return tuple(Site(node, *node.args) for node in program.graph.nodes if node.target is OBSERVE)
+def observer_sites(program: Program) -> tuple[QuantizerSite, ...]:
+    """Return all observers of a program, in graph order."""
+    return tuple(
+        QuantizerSite(node, *node.args) for node in program.graph.nodes if node.target is OBSERVE
+    )
 
 
 def observe(program: Program, placement: Placement) -> int:
-    """Put observers at every place; returns how many."""
+    """Insert the observers of a placement; return their number."""
     for root, readers in placement.roots.items():
         key = placement.keys[root]
-        node = _after(program, root, OBSERVE, (root, key, *ACTIVATION_CODES, False, -1))
+        before = root.next
+        while before.op == "placeholder":  # inputs come before all calls
+            before = before.next
+        args = (root, key, *ACTIVATION_RANGE, False, -1)
+        node = insert_call(program, before, OBSERVE, args)
         for reader in readers:
             reader.replace_input_with(root, node)
     weights: dict[int, fx.Node] = {}
@@ -63,28 +69,21 @@ def observe(program: Program, placement: Placement) -> int:
         name = str(weight.target)
         stored = id(program.tensor(name))  # tied weights have several names
         if stored not in weights:
-            args = (weight, name, -WEIGHT_CODE, WEIGHT_CODE, True, 0)
-            weights[stored] = insert_call(program, layer, OBSERVE, args)
+            given = (weight, name, -WEIGHT_LIMIT, WEIGHT_LIMIT, True, 0)
+            weights[stored] = insert_call(program, layer, OBSERVE, given)
         layer.replace_input_with(weight, weights[stored])
     return len(placement.roots) + len(weights)
 
 
-def _after(program: Program, node: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
-    place = node.next
-    while place.op == "placeholder":  # inputs come before all calls
-        place = place.next
-    return insert_call(program, place, target, args)
-
-
-def walk(
+def calibrate(
     program: Program,
     context: Context,
-    found: Iterable[Site],
+    found: Iterable[QuantizerSite],
     method: Method,
     samples: int,
     batch_size: int,
 ) -> dict[str, Observer]:
-    """Run calibration samples through a program and return what its sites saw, by key."""
+    """Run calibration samples through a program; return the observers of activations by key."""
     observers = {site.key: Observer() for site in found if not site.symmetric}
     keys = {site.node: site.key for site in found if not site.symmetric}
 
@@ -92,31 +91,31 @@ def walk(
         observers[keys[call.node]].extremes(call.args[0])
         return call.value()
 
-    def tally(call: Call) -> Any:
-        observers[keys[call.node]].tally(call.args[0])
+    def histogram(call: Call) -> Any:
+        observers[keys[call.node]].add_to_histogram(call.args[0])
         return call.value()
 
     stream = calibration_stream(program, context, samples, batch_size)
-    for hook in (extremes,) if method in ("minmax", "moving-average") else (extremes, tally):
+    for hook in (extremes,) if method in ("minmax", "moving-average") else (extremes, histogram):
         record(program, context, stream, dict.fromkeys(keys, hook), "calibrating")
     return observers
 
 
 def unrounding(program: Program) -> dict[fx.Node, Hook]:
-    """Return hooks under which the fake-quantisers of a program pass values on unrounded."""
+    """Return hooks that make the fake-quantisers of a program return unrounded values."""
     nodes = [node for node in program.graph.nodes if node.target is FAKE_QUANTIZE]
     return dict.fromkeys(nodes, lambda call: call.args[0])
 
 
-def settle(
+def freeze(
     program: Program,
-    found: Sequence[Site],
+    found: Sequence[QuantizerSite],
     observers: Mapping[str, Observer],
     method: Method,
     *,
     search_weights: bool = False,
 ) -> int:
-    """Replace observers by fake-quantisers with the scales they found; returns how many."""
+    """Replace observers by fake-quantisers with the measured scales; return their number."""
     for site in found:
         names = names_of(site)
         for name, value in zip(
@@ -133,10 +132,10 @@ def settle(
 def remeasure(
     program: Program, context: Context, method: Method, samples: int, batch_size: int
 ) -> None:
-    """Give fake-quantisers the scales of the values that they see now, rounding included."""
+    """Measure the scales of fake-quantisers again, on current values, rounding included."""
     program.eval()
-    found = fakes(program)
-    observers = walk(program, context, found, method, samples, batch_size)
+    found = fake_quantizer_sites(program)
+    observers = calibrate(program, context, found, method, samples, batch_size)
     for site in found:
         for node, value in zip(
             site.node.args[1:3], _scale(program, site, observers, method, False), strict=True
@@ -147,19 +146,19 @@ def remeasure(
     program.train()
 
 
-def fakes(program: Program) -> tuple[Site, ...]:
-    """Return all fake-quantisers of a program, in its order."""
+def fake_quantizer_sites(program: Program) -> tuple[QuantizerSite, ...]:
+    """Return all fake-quantisers of a program, in graph order."""
     found = []
     for node in program.graph.nodes:
         if node.target is FAKE_QUANTIZE:
             value, scale, _, low, high, axis = cast(tuple[Any, ...], node.args)
-            found.append(Site(node, value, str(scale.target), low, high, axis != -1, axis))
+            found.append(QuantizerSite(node, value, str(scale.target), low, high, axis != -1, axis))
     return tuple(found)
 
 
 def _scale(
     program: Program,
-    site: Site,
+    site: QuantizerSite,
     observers: Mapping[str, Observer],
     method: Method,
     search_weights: bool,
@@ -179,8 +178,8 @@ def _scale(
     )
 
 
-def names_of(site: Site) -> tuple[str, str]:
+def names_of(site: QuantizerSite) -> tuple[str, str]:
     """Return the names of an observer's scale and zero point."""
     if site.symmetric:
         return f"{site.key}_scale", f"{site.key}_zero_point"
-    return f"{HOME}.{site.key}.scale", f"{HOME}.{site.key}.zero_point"
+    return f"{SCALES_MODULE}.{site.key}.scale", f"{SCALES_MODULE}.{site.key}.zero_point"

@@ -1,9 +1,9 @@
-"""Which layers' rounding costs most: the second-order rise in loss by each alone.
+"""The rise in loss that rounding in each layer alone causes, to second order.
 
-A layer's rounded weight and input move its output ``z`` by ``d``. Around a trained model the loss
-rises by ``d' H d / 2``; for the Gauss-Newton ``H`` of cross-entropy that is the mean of
-``(g' d)^2 / 2`` over samples, with ``g`` the gradient for a label drawn from the model's own
-predictions. One walk forwards and one back give all layers at once.
+Rounding a layer's weight and input changes its output ``z`` by ``d``. Around a trained model the
+loss rises by ``d' H d / 2``. With the Gauss-Newton ``H`` of cross-entropy this is the mean of
+``(g' d)^2 / 2`` over samples, where ``g`` is the gradient for a label drawn from the model's own
+predictions. One forward and one backward pass cover all layers.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from fxprune.sensitivity.model import kind_of
 def rounding_costs(
     program: Program, context: Context, samples: int, batch_size: int
 ) -> dict[str, float]:
-    """Return by weight the rise in loss that rounding in its layer brings, dearest first.
+    """Return by weight the rise in loss that rounding in its layer causes, largest first.
 
-    Where the loss is not cross-entropy, it is the squared error of the output that rises.
+    If the loss is not cross-entropy, the squared error of the output is used.
     """
     stream = calibration_stream(program, context, samples, batch_size, remainder="drop")
     totals: dict[str, Tensor] = {}
@@ -55,9 +55,9 @@ def rounding_costs(
 
 
 def to_recover(costs: Mapping[str, float], points: float, gap: float) -> tuple[str, ...]:
-    """Name the fewest layers whose rounding explains so many points of a gap.
+    """Return the fewest layers whose rounding explains so many percentage points of a gap.
 
-    Points are taken to fall away in proportion to the costs; all layers where the gap is smaller.
+    Points are assumed to be proportional to the costs; if the gap is smaller, all layers.
 
     >>> to_recover({"head": 3.0, "stem": 1.0, "body": 0.1}, 0.5, 0.6)
     ('head', 'stem')
@@ -73,7 +73,7 @@ def to_recover(costs: Mapping[str, float], points: float, gap: float) -> tuple[s
 
 
 def disagreement(program: Program, context: Context, samples: int, batch_size: int) -> float:
-    """Return in how many of a hundred calibration samples rounding changes the prediction."""
+    """Return the percentage of calibration samples whose prediction rounding changes."""
     stream = calibration_stream(program, context, samples, batch_size, remainder="drop")
     unrounded = unrounding(program)
     program.eval()
@@ -88,7 +88,7 @@ def disagreement(program: Program, context: Context, samples: int, batch_size: i
 
 
 def _drawn_loss(logits: Tensor, context: Context, generator: torch.Generator) -> Tensor:
-    """A sum over samples whose gradients have the curvature of the loss as their second moment."""
+    """A sum over samples whose gradients have the curvature of the loss as second moment."""
     if kind_of(context.loss) != "cross-entropy":
         signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
         return (2**0.5 * signs * logits).sum()
@@ -98,7 +98,7 @@ def _drawn_loss(logits: Tensor, context: Context, generator: torch.Generator) ->
 
 
 def _unrounded(program: Program, shifts: dict[str, tuple[Tensor, Tensor]]) -> dict[fx.Node, Hook]:
-    """Hooks that skip rounding, and keep every layer's output and how rounding moves it."""
+    """Hooks that skip rounding, and record every layer's output and its change by rounding."""
     weights = {
         node: weight
         for node in program.graph.nodes
@@ -111,14 +111,15 @@ def _unrounded(program: Program, shifts: dict[str, tuple[Tensor, Tensor]]) -> di
     def keep(call: Call) -> Tensor:
         value: Tensor = call.value()
         value = value if value.requires_grad else value.requires_grad_()
-        shifts[_stored(weights[call.node])] = value, _shift(program, call, value)
+        name = str(cast(fx.Node, weights[call.node].args[0]).target)
+        shifts[name] = value, _shift(program, call, value)
         return value
 
     return unrounding(program) | dict.fromkeys(weights, keep)
 
 
 def _shift(program: Program, call: Call, value: Tensor) -> Tensor:
-    """By how much the rounding of its input and weight moves a layer's output."""
+    """The change of a layer's output by rounding its input and weight."""
     with torch.no_grad():
         rounded = [
             _rounded(program, origin(cast(fx.Node, node)), tensor)
@@ -134,9 +135,3 @@ def _rounded(program: Program, fake: fx.Node, value: Tensor) -> Tensor:
     scale, zero = (program.tensor(str(x.target)) for x in fake.args[1:3])  # type: ignore[union-attr]
     rounded: Tensor = FAKE_QUANTIZE(value, scale, zero, *fake.args[3:])
     return rounded
-
-
-def _stored(fake: fx.Node) -> str:
-    source = fake.args[0]
-    assert isinstance(source, fx.Node)
-    return str(source.target)

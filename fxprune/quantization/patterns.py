@@ -1,8 +1,7 @@
-"""What ONNX Runtime's CPU kernels run on 8-bit codes, and so where a program is to be quantised.
+"""Operators that ONNX Runtime's CPU kernels run in INT8, and so where a program is quantised.
 
-The table was taken from the optimised graphs of ONNX Runtime 1.20 to 1.31 on x64. An operator
-outside it runs on floating-point numbers, and reads them from codes where it follows a quantised
-one.
+The table was taken from the optimised graphs of ONNX Runtime 1.20 to 1.31 on x64. Other operators
+run in FP32; behind a quantised operator, their input is dequantised.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Pattern:
-    """One kind of node that runs on codes.
+    """One kind of node that can run in INT8.
 
     Attributes:
-        onnx: the ONNX operator that the runtime fuses with the codes around it.
-        operators: what it is called in a program.
-        weight: which argument is a stored weight; None where all tensors are activations.
-        output: it fuses only if its output, after a clamp at most, becomes codes too.
-        follows: it is worth it only where every input comes from codes already; one that neither
-            follows nor has a weight runs on codes only where that is asked for.
+        onnx: the ONNX operator that the runtime fuses with the conversions around it.
+        operators: its operators in a program.
+        weight: which argument is a stored weight; None if all tensors are activations.
+        output: whether it fuses only if its output, after a clamp at most, is quantised too.
+        follows: whether it runs in INT8 if and only if all its inputs are in INT8 already. A node
+            that neither follows nor has a weight runs in INT8 only if chosen.
 
     """
 
@@ -55,7 +54,7 @@ BACKEND: tuple[Pattern, ...] = (
 
 
 def pattern_of(node: fx.Node) -> Pattern | None:
-    """Return the pattern that a node is an instance of."""
+    """Return the pattern that a node matches."""
     packet = packet_of(node)
     pattern = next((item for item in BACKEND if packet in item.operators), None)
     if pattern is None or not _suits(node, pattern):
@@ -99,9 +98,9 @@ def is_product(node: fx.Node) -> bool:
 
 
 def is_chosen_alone(node: fx.Node) -> bool:
-    """Whether a node without a weight runs in INT8 only where that is asked for.
+    """Whether a node without a weight runs in INT8 only if chosen.
 
-    Sums follow their operands, unless one of these is a stored number.
+    Sums follow their operands, unless one of them is a stored number.
     """
     pattern = pattern_of(node)
     if pattern is None or pattern.weight is not None:
@@ -123,7 +122,7 @@ def weight_name(layer: fx.Node) -> str:
 
 
 def is_move(node: fx.Node) -> bool:
-    """Whether codes can go through a node as they are."""
+    """Whether a node only moves its input, so that it runs on INT8 values as well."""
     known = operator_of(node)
     passes = known.moves_data or packet_of(node) in (aten.cat, aten.max_pool2d)
     if not passes or not isinstance(node.meta.get("val"), Tensor):
@@ -143,7 +142,7 @@ def _joins_signs(concat: fx.Node) -> bool:
 
 
 def origin(node: fx.Node) -> fx.Node:
-    """Return what a value was before moves; of a concatenation, the first part."""
+    """Return the node whose value reaches this one by moves alone; for concats, the first part."""
     while is_move(node):
         source = next(sources(node), None)
         if source is None:  # a value whose type is not known yet
@@ -153,21 +152,21 @@ def origin(node: fx.Node) -> fx.Node:
 
 
 def is_depthwise(node: fx.Node) -> bool:
-    """Whether a layer is a convolution of each channel by itself."""
+    """Whether a layer is a depthwise convolution."""
     groups: int = arguments(node).get("groups", 1)
     return groups > 1 and shape_of(node.args[1])[1] == 1  # type: ignore[arg-type]
 
 
 def sums_exactly(node: fx.Node) -> bool:
-    """Whether sums of 8-bit products fit, whatever the processor: kernels of their own see to it.
+    """Whether sums of 8-bit products do not overflow on any processor, because of special kernels.
 
-    These are for convolutions with one input and one output in each group.
+    Such kernels exist for convolutions with one input and one output channel per group.
     """
     return is_depthwise(node) and arguments(node)["groups"] == shape_of(node.args[1])[0]  # type: ignore[arg-type]
 
 
 def tail(node: fx.Node) -> fx.Node:
-    """Return the last of the clamps and scalings that alone read a node, or the node itself."""
+    """Return the last of the clamps and scalings that are a node's only readers, or the node."""
     while len(node.users) == 1:
         user = next(iter(node.users))
         if not _is_floor_at_zero(user) and factor_of(user) is None:
@@ -177,7 +176,7 @@ def tail(node: fx.Node) -> fx.Node:
 
 
 def factor_of(node: fx.Node) -> float | None:
-    """Return by which positive number a node multiplies its only operand, if that is what it does.
+    """Return the positive constant by which a node multiplies its only operand, or None.
 
     Such a factor becomes part of the scale of the quantised result.
     """
@@ -202,12 +201,12 @@ def _is_floor_at_zero(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where codes are to come.
+    """Where values become INT8.
 
     Attributes:
-        layers: nodes with weights that are to run on codes.
-        others: other nodes that are to run on codes.
-        roots: by value that becomes codes, those of its readers that read them.
+        layers: nodes with weights that will run in INT8.
+        others: other nodes that will run in INT8.
+        roots: by value that is quantised, the readers of the quantised value.
         keys: by such value, the name of its scale; values that meet in a move share one.
 
     """
@@ -219,51 +218,48 @@ class Placement:
 
 
 def place(program: Program, layers: frozenset[fx.Node]) -> Placement:
-    """Decide which values become codes, so that these layers and what lies between them fuse.
+    """Decide which values are quantised, so that these layers and the nodes between them fuse.
 
-    Products of activations run on codes where they are among the layers.
+    Products of activations run in INT8 if they are among the layers.
     """
-    coded: set[fx.Node] = set()  # values that come out of fused nodes, or moves of such
-    read: dict[fx.Node, list[fx.Node]] = {}  # by value, who wants codes of it
+    quantized: set[fx.Node] = set()  # values of fused nodes, and moves of them
+    read: dict[fx.Node, list[fx.Node]] = {}  # by value, the nodes that read it in INT8
     others = []
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         pattern = pattern_of(node)
-        if pattern is not None and _runs(node, pattern, layers, coded):
+        int8 = node in layers
+        if not int8 and pattern is not None and pattern.weight is None and pattern.follows:
+            int8 = all(source in quantized for source in sources(node))
+        if pattern is not None and int8:
             others += [] if pattern.weight is not None else [node]
             for source in sources(node):
                 read.setdefault(source, []).append(node)
             if pattern.output:
-                coded.add(tail(node))
-        elif is_move(node) and all(source in coded for source in sources(node)):
-            coded.add(node)
-    return _rooted(program, layers, tuple(others), coded, read)
-
-
-def _runs(node: fx.Node, pattern: Pattern, layers: frozenset[fx.Node], coded: set[fx.Node]) -> bool:
-    if node in layers or pattern.weight is not None or not pattern.follows:
-        return node in layers
-    return all(source in coded for source in sources(node))
+                quantized.add(tail(node))
+        elif is_move(node) and all(source in quantized for source in sources(node)):
+            quantized.add(node)
+    return _rooted(program, layers, tuple(others), quantized, read)
 
 
 def _rooted(
     program: Program,
     layers: frozenset[fx.Node],
     others: tuple[fx.Node, ...],
-    coded: set[fx.Node],
+    quantized: set[fx.Node],
     read: dict[fx.Node, list[fx.Node]],
 ) -> Placement:
-    """Trace every wanted value back through moves to where it is computed."""
+    """Trace every value that is read in INT8 back through moves to where it is computed."""
 
     def moves(node: fx.Node) -> bool:
-        return is_move(node) and (packet_of(node) is not aten.cat or node in coded)
+        return is_move(node) and (packet_of(node) is not aten.cat or node in quantized)
 
     for node in reversed(list(program.graph.nodes)):
         if node in read and moves(node):
             for source in sources(node):
                 read.setdefault(source, []).append(node)
-    order = [node for node in program.graph.nodes if node in read or node in coded]
+    order = [node for node in program.graph.nodes if node in read or node in quantized]
     roots = [node for node in order if not moves(node)]
     parent = {node: node for node in order}
 
@@ -280,6 +276,6 @@ def _rooted(
     return Placement(
         tuple(node for node in program.graph.nodes if node in layers and has_weight(node)),
         others,
-        {node: tuple(node.users) if node in coded else tuple(read[node]) for node in roots},
+        {node: tuple(node.users) if node in quantized else tuple(read[node]) for node in roots},
         {node: find(node).name for node in roots},
     )

@@ -1,4 +1,4 @@
-"""Layers that rounding harms most, back to floating point until predictions are won back."""
+"""Keeping layers in FP32, those with the costliest rounding first, until predictions recover."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from fxprune.graph.facts import OBSERVED, Quantized
 from fxprune.graph.program import Program
 from fxprune.graph.surgery import replace_node
 from fxprune.pipeline.context import Context
-from fxprune.quantization.fake_quantizers import observe, sites
+from fxprune.quantization.fake_quantizers import observe, observer_sites
 from fxprune.quantization.layer_costs import disagreement, rounding_costs, to_recover
 from fxprune.quantization.patterns import is_chosen_alone, place, weight_name
 
-ROUNDS = 3
+MAX_ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What was left in floating point.
+    """The layers that stay in FP32.
 
     Attributes:
-        weights: the layers, by their weights, in the order in which they were chosen.
-        costs: by weight, how much rounding in its layer alone raised the loss, dearest first.
-        gaps: in how many of a hundred samples rounding changed the prediction, at first and after
-            each round of layers.
+        weights: the names of their weights, in the order in which they were chosen.
+        costs: by weight, the rise in loss that rounding in its layer alone causes, largest first.
+        gaps: the percentage of samples whose prediction rounding changes, at first and after each
+            round.
 
     """
 
@@ -34,16 +34,19 @@ class Recovery:
     gaps: tuple[float, ...]
 
 
-def leave_in_floats(program: Program, weights: Collection[str]) -> int:
-    """Place the observers of a program anew, without some layers; returns how many there are."""
-    for site in sites(program):
+def keep_in_fp32(program: Program, weights: Collection[str]) -> int:
+    """Place the observers of a program again, without some layers; return their number."""
+    for site in observer_sites(program):
         replace_node(program, site.node, site.value)
     quantized = program.get(OBSERVED)
-    doomed = {id(program.tensor(name)) for name in weights}
+    unquantized = {id(program.tensor(name)) for name in weights}
     kept = frozenset(
         node
         for node in program.graph.nodes
-        if (node.name in quantized.layers and id(program.tensor(weight_name(node))) not in doomed)
+        if (
+            node.name in quantized.layers
+            and id(program.tensor(weight_name(node))) not in unquantized
+        )
         or (node.name in quantized.others and is_chosen_alone(node))
     )
     placement = place(program, kept)
@@ -62,15 +65,15 @@ def recover(
     samples: int,
     batch_size: int,
 ) -> Recovery:
-    """Leave the dearest layers of an observed program in floats, to win back so many points.
+    """Keep the layers with the costliest rounding in FP32, to recover so many percentage points.
 
     Args:
-        program: with observers, which are placed anew.
-        context: for samples.
-        points: of agreement with the unrounded program, in a hundred predictions.
+        program: a program with observers, which are placed again.
+        context: calibration samples, device and seed.
+        points: agreement with the unrounded program to recover, in percentage points.
         calibrate: turns the observers of a copy into fake-quantisers.
-        samples: calibration samples at most.
-        batch_size: samples per step.
+        samples: largest number of calibration samples.
+        batch_size: samples per batch.
 
     """
     weights: list[str] = []
@@ -81,7 +84,7 @@ def recover(
         calibrate(trial)
         gaps.append(disagreement(trial, context, samples, batch_size))
         wanted = points - (gaps[0] - gaps[-1])
-        if gaps[-1] == 0 or wanted <= 0 or len(gaps) > ROUNDS:
+        if gaps[-1] == 0 or wanted <= 0 or len(gaps) > MAX_ROUNDS:
             break
         costs = rounding_costs(trial, context, samples, batch_size)
         first = first or costs
@@ -89,5 +92,5 @@ def recover(
         if not chosen:
             break
         weights += chosen
-        leave_in_floats(program, weights)
+        keep_in_fp32(program, weights)
     return Recovery(tuple(weights), first, tuple(gaps))

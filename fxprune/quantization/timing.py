@@ -1,9 +1,9 @@
-"""Which layers gain by INT8: the latency table has the times of each in both forms.
+"""Which layers are faster in INT8, by their times in both formats in the latency table.
 
-What leaving a layer in FP32 saves must pay for the conversions around it, unless its neighbours
-stay in FP32 too. The cheapest division of a program is a minimum cut of its graph: the source's
-side runs in INT8, the sink's in FP32; a layer's arcs to both cost its times, and an arc along a
-value costs the conversion that a cut there would need.
+Keeping a layer in FP32 needs conversions around it, unless its neighbours stay in FP32 too. The
+fastest division of a program is a minimum cut of its graph: the source's side runs in INT8, the
+sink's side in FP32. A layer's arcs to source and sink have its times as capacity, and an arc along
+a value has the time of the conversion that a cut there needs.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from fxprune.pipeline.progress import Tracker
 from fxprune.quantization.patterns import is_move, pattern_of
 
 aten = torch.ops.aten
-# Activations that ONNX Runtime computes within the FP32 convolution before them, but for SiLU,
-# which needs the channels in their usual order.
+# Activations that ONNX Runtime fuses into the FP32 convolution before them. SiLU is the exception:
+# it needs the channels in their usual order.
 ACTIVATIONS: tuple[Kind, ...] = ("sigmoid", "silu", "hard-sigmoid", "hard-swish")
 IMAGE_DIMENSIONS = 4
 
 
 @dataclass(frozen=True)
 class LayerTiming:
-    """One layer's microseconds in INT8 and in FP32, and whether it is to run in INT8."""
+    """The microseconds of a layer in INT8 and in FP32, and whether it will run in INT8."""
 
     int8: float
     fp32: float
@@ -45,13 +45,13 @@ class LayerTiming:
 
 @dataclass(frozen=True)
 class Conversions:
-    """The microseconds of what stands between the forms of one value.
+    """The microseconds of conversions between the formats of one value.
 
     Attributes:
         quantize: FP32 to INT8.
         dequantize: INT8 to FP32.
-        transpose: INT8 kernels of images have the channels last; zero for other values.
-        rearrange: FP32 convolutions of images have channels in blocks; zero for other values.
+        transpose: for images, channels first to channels last, as INT8 kernels need; else zero.
+        rearrange: for images, to channels in blocks, as FP32 convolutions need; else zero.
 
     """
 
@@ -64,7 +64,7 @@ class Conversions:
 def layer_timings(
     program: Program, layers: Collection[fx.Node], table: Table, progress: Tracker
 ) -> dict[fx.Node, LayerTiming]:
-    """Time layers in both forms and divide them so that the whole takes least."""
+    """Time layers in both formats, and choose a format for each so that the sum is smallest."""
     conversions = _conversions(program, table, progress)
     times = _times(program, layers, conversions, table, progress)
     graph = _network(program, times, conversions)
@@ -73,10 +73,10 @@ def layer_timings(
 
 
 def least_us(program: Program, table: Table, progress: Tracker) -> float:
-    """Return the microseconds of all layers of a program in the forms in which they take least.
+    """Return the microseconds of all layers of a program, in the fastest choice of formats.
 
-    Layers that have weights run in either form, conversions counted; other layers, such as
-    products of activations, run in FP32. Batch norms count as folded.
+    Layers with weights run in either format, including conversions; other layers, such as products
+    of activations, run in FP32. Batch norms count as folded.
     """
     patterns = {node: pattern_of(node) for node in program.graph.nodes}
     layers = [node for node, one in patterns.items() if one is not None and one.weight is not None]
@@ -115,10 +115,15 @@ def _times(
 
 
 def _conversions(program: Program, table: Table, progress: Tracker) -> dict[fx.Node, Conversions]:
-    """Return what it takes to convert each activation."""
+    """Return the times to convert each activation."""
     batch = batch_of(program)
     nodes = [node for node in program.graph.nodes if _is_activation(node)]
-    wanted = {node: _conversion_configs(node, batch) for node in nodes}
+    wanted = {}
+    for node in nodes:
+        shape, count = shape_of(node), max(int(node.meta["val"].numel()) // batch, 1)
+        wanted[node] = [conversion("quantize", count), conversion("dequantize", count)]
+        if len(shape) == IMAGE_DIMENSIONS and shape[0] == batch:
+            wanted[node].append(LayerConfig("transpose", (), (1, *shape[1:])))
     table.fill({one for configs in wanted.values() for one in configs}, progress, FORMS)
     found = {}
     for node, (quantize, dequantize, *transpose) in wanted.items():
@@ -129,20 +134,12 @@ def _conversions(program: Program, table: Table, progress: Tracker) -> dict[fx.N
     return found
 
 
-def _conversion_configs(node: fx.Node, batch: int) -> list[LayerConfig]:
-    count, shape = _elements(node, batch), shape_of(node)
-    found = [conversion("quantize", count), conversion("dequantize", count)]
-    if len(shape) == IMAGE_DIMENSIONS and shape[0] == batch:
-        found.append(LayerConfig("transpose", (), (1, *shape[1:])))
-    return found
-
-
 def _network(
     program: Program,
     times: Mapping[fx.Node, tuple[float, float]],
     conversions: Mapping[fx.Node, Conversions],
 ) -> nx.DiGraph[str]:
-    """Build the graph whose cuts are divisions of the program, and cost what these take."""
+    """Build the graph whose cuts are divisions of the program; capacities are microseconds."""
     graph: nx.DiGraph[str] = nx.DiGraph()
     for node, cost in conversions.items():
         if node in times:
@@ -153,7 +150,8 @@ def _network(
         blocks = cost.rearrange if _is_convolution(node) or _follows_convolution(node) else 0.0
         for reader in node.users:
             name = reader.name if _is_activation(reader) else "fp32"
-            if not _gives_fp32(node):
+            pattern = pattern_of(node)
+            if pattern is None or pattern.output:  # else the INT8 kernel returns FP32
                 _arc(graph, node.name, name, cost.dequantize + cost.transpose)
             if name != "fp32":
                 _arc(graph, name, node.name, cost.quantize + cost.transpose + blocks)
@@ -170,12 +168,8 @@ def _is_activation(node: fx.Node) -> bool:
     return node.op != "get_attr" and isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _elements(node: fx.Node, batch: int) -> int:
-    return max(int(node.meta["val"].numel()) // batch, 1)
-
-
 def _follows(node: fx.Node) -> bool:
-    """Whether a node takes INT8 where it gets it, and passes it on."""
+    """Whether a node runs in INT8 if its input is INT8."""
     pattern = pattern_of(node)
     folded = packet_of(node) is aten.batch_norm  # into the layer before it
     follows = folded or (pattern is not None and pattern.follows)
@@ -187,11 +181,6 @@ def _is_convolution(node: fx.Node) -> bool:
 
 
 def _follows_convolution(node: fx.Node) -> bool:
-    """Whether a node's one operand is an FP32 convolution's result, which may be in blocks."""
+    """Whether a node's only operand is a convolution's output, which may be in blocks in FP32."""
     sources = node.all_input_nodes
     return len(sources) == 1 and _is_convolution(sources[0])
-
-
-def _gives_fp32(node: fx.Node) -> bool:
-    pattern = pattern_of(node)
-    return pattern is not None and not pattern.output
