@@ -96,12 +96,7 @@ class InsertObservers(Pass):
             return Outcome()
         spelled = spell_transposed(program)
         skips: list[Skip] = []
-        names: dict[fx.Node, tuple[str, ...]] = {node: (node.name,) for node in _layers(program)}
-        for node in names:
-            weight = node.args[1]
-            if isinstance(weight, fx.Node) and weight.op == "get_attr":
-                names[node] += names_of_tensor(weight_name(node))
-        fp32 = select_any(self.fp32, names, "insert-observers{fp32}", "layer")
+        fp32 = self._fp32(program)
         chosen: set[fx.Node] = set()
         for node in _layers(program):
             if reason := self._obstacle(program, node, node in fp32):
@@ -141,6 +136,15 @@ class InsertObservers(Pass):
         observed = program.facts.get(OBSERVED.name)
         layers = observed.layers if observed is not None else {}
         yield "every layer that is to run in INT8 exists", names >= set(layers)
+
+    def _fp32(self, program: Program) -> frozenset[fx.Node]:
+        """Return the layers that the option keeps in FP32; names are those of nodes and weights."""
+        names: dict[fx.Node, tuple[str, ...]] = {node: (node.name,) for node in _layers(program)}
+        for node in names:
+            weight = node.args[1]
+            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                names[node] += names_of_tensor(weight_name(node))
+        return select_any(self.fp32, names, "insert-observers{fp32}", "layer")
 
     def _spell(self, program: Program) -> int:
         """Decompose means and attention into operators with INT8 kernels; return their number."""
