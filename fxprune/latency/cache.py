@@ -13,6 +13,7 @@ import onnxruntime
 
 from fxprune.files import write_text
 from fxprune.host import cache_folder, features, processor
+from fxprune.onnx.benchmark import CPU
 
 FORMAT = 3
 
@@ -26,6 +27,7 @@ class Host:
         features: its vector extensions.
         runtime: version of ONNX Runtime.
         threads: threads of one operator.
+        provider: the execution provider of ONNX Runtime.
 
     """
 
@@ -33,11 +35,12 @@ class Host:
     features: tuple[str, ...]
     runtime: str
     threads: int
+    provider: str = CPU
 
     @classmethod
-    def here(cls, threads: int) -> Host:
+    def here(cls, threads: int, provider: str = CPU) -> Host:
         """Describe this host."""
-        return cls(processor(), features(), onnxruntime.__version__, threads)
+        return cls(processor(), features(), onnxruntime.__version__, threads, provider)
 
     @property
     def path(self) -> Path:

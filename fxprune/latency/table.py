@@ -4,31 +4,31 @@ Many operators share one session, and its profile gives the time of each. An ope
 written just before it runs, and sessions are about as large as a network's working set, so caches
 behave as in a network. The costs of calling a session and of reordering its inputs are excluded.
 
-A host's clock changes over time. Every session runs the same few layers, the anchors, and its times
-are scaled so that the anchors take as long as when the table was started.
+``sweeps`` says how sessions are measured. The table of another machine, from a kit, has a file that
+is only read.
 """
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fxprune.errors import FxpruneError
+from fxprune.errors import InputError
 from fxprune.latency import cache as latency_cache
 from fxprune.latency.cache import Host, Timing
 from fxprune.latency.layer_config import ANCHORS, Form, LayerConfig
-from fxprune.latency.timed_model import Entry, model_of, time_of
-from fxprune.onnx.profile import profile
+from fxprune.latency.machine import Neighbours, Network, read_machine
+from fxprune.latency.sweeps import RUNS, SWEEPS, measure_session, start, sweep
+from fxprune.latency.timed_model import Entry, model_of
+from fxprune.onnx.benchmark import CPU
+from fxprune.pipeline.context import Context
 from fxprune.pipeline.progress import Tracker
 
-RUNS = 8
-SWEEPS = 3
 SESSION_BYTES = 8 * 2**20  # of weights and activations in one session, about what caches hold
 ANCHOR_ENTRIES: tuple[Entry, ...] = tuple((one, "fp32") for one in ANCHORS)
 
@@ -43,6 +43,8 @@ class Table:
         times: by form and ``LayerConfig.key``.
         used: the entries used since the table was opened.
         notes: remarks on the file, for the report.
+        network: what the dense network took on the machine of a kit's file; None if this host is
+            the machine.
 
     """
 
@@ -51,11 +53,31 @@ class Table:
     times: dict[str, Timing] = field(default_factory=dict)
     used: set[Entry] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    network: Network | None = None
 
     @classmethod
-    def open(cls, threads: int = 1, path: Path | None = None) -> Table:
+    def of(cls, context: Context) -> Table:
+        """Open the table that a run plans with: another machine's, or this host's.
+
+        Raises:
+            InputError: another machine's file cannot be read.
+
+        """
+        if context.latency_table is None:
+            return cls.open(context.threads, provider=context.provider)
+        host, times, network = read_machine(context.latency_table)
+        note = (
+            f"planned for another machine: {host.cpu}, ONNX Runtime {host.runtime}, "
+            f"{host.provider}, {host.threads} thread{'s' * (host.threads > 1)}, by the table "
+            f"{context.latency_table}; measured latencies in this report are of this host, and "
+            "python kit.zip judge measures the model there"
+        )
+        return cls(host, None, times, notes=[note], network=network)
+
+    @classmethod
+    def open(cls, threads: int = 1, path: Path | None = None, provider: str = CPU) -> Table:
         """Open the table of this host, by default the one in the user's cache folder."""
-        host = Host.here(threads)
+        host = Host.here(threads, provider)
         path = path or host.path
         times, note = latency_cache.load(path)
         return cls(host, path, times, notes=[note] if note else [])
@@ -66,11 +88,21 @@ class Table:
         progress: Tracker | None = None,
         forms: Sequence[Form] = ("fp32",),
     ) -> int:
-        """Measure the operators that the table lacks in the given forms; return their number."""
+        """Measure the operators that the table lacks in the given forms; return their number.
+
+        Another machine's table measures nothing: it interpolates.
+
+        Raises:
+            InputError: another machine's table lacks an operator, and all like it.
+
+        """
         asked = {(one, form) for one in configs for form in forms if form in one.forms}
         self.used |= asked
         unknown = sorted(entry for entry in asked if key_of(entry) not in self.times)
         if not unknown:
+            return 0
+        if self.network is not None:
+            self._interpolate(unknown)
             return 0
         fresh = self._anchors()
         missing = [entry for entry in unknown if entry not in ANCHOR_ENTRIES]
@@ -78,27 +110,43 @@ class Table:
         tracked = (progress or Tracker(shown=False)).track(
             parts, "measuring layers in ONNX Runtime", total=len(parts)
         )
-        found: dict[str, list[float]] = {}
-        for part in tracked:
-            times = measure([*ANCHOR_ENTRIES, *part], self.host.threads)
-            anchors = map(key_of, ANCHOR_ENTRIES)
-            drift = np.median([self.times[key].us / times[key] for key in anchors])
-            for key in map(key_of, part):
-                found.setdefault(key, []).append(float(drift * times[key]))
-        fresh |= _timings(found)
+        measures = (partial(measure, [*ANCHOR_ENTRIES, *part], self.host) for part in tracked)
+        fresh |= sweep(measures, {key: self.times[key] for key in map(key_of, ANCHOR_ENTRIES)})
         self.times |= fresh
         if self.path is not None:
             note = latency_cache.save(self.path, self.host, fresh)
             self.notes += [note] if note else []
         return len(unknown)
 
+    @cached_property
+    def _neighbours(self) -> Neighbours:
+        """What another machine's file has, without what was interpolated."""
+        return Neighbours(self.times)
+
+    def _interpolate(self, unknown: Sequence[Entry]) -> None:
+        """Add what another machine's table lacks, between what it has.
+
+        Raises:
+            InputError: it has nothing like it.
+
+        """
+        found = {key: self._neighbours.timing(key) for key in map(key_of, unknown)}
+        missing = [key for key, timing in found.items() if timing is None]
+        if missing:
+            raise InputError(
+                f"the latency table has no time for {missing[0]}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                + "; it was made for another model or by another version of fxprune: make the kit "
+                "again for this model, and measure the table again"
+            )
+        self.times |= {key: timing for key, timing in found.items() if timing is not None}
+
     def _anchors(self) -> dict[str, Timing]:
         """Measure the anchors if the table lacks them; return the new times."""
         keys = [key_of(entry) for entry in ANCHOR_ENTRIES]
         if all(key in self.times for key in keys):
             return {}
-        sweeps = [measure(ANCHOR_ENTRIES, self.host.threads) for _ in range(SWEEPS)]
-        fresh = _timings({key: [sweep[key] for sweep in sweeps] for key in keys})
+        fresh = start(partial(measure, ANCHOR_ENTRIES, self.host))
         self.times |= fresh
         return fresh
 
@@ -126,6 +174,7 @@ class Table:
             "cpu": self.host.cpu,
             "onnxruntime": self.host.runtime,
             "threads": self.host.threads,
+            "provider": self.host.provider,
         }
 
 
@@ -133,14 +182,6 @@ def key_of(entry: Entry) -> str:
     """Return the name of an operator in one form in the table."""
     config, form = entry
     return f"{form} {config.key}"
-
-
-def _timings(found: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
-    now = time.time()
-    return {
-        key: Timing(float(np.median(us)), (max(us) - min(us)) / min(us), now)
-        for key, us in found.items()
-    }
 
 
 def sessions(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -157,17 +198,6 @@ def sessions(entries: Sequence[Entry]) -> list[list[Entry]]:
     return parts
 
 
-def measure(entries: Sequence[Entry], threads: int, runs: int = RUNS) -> dict[str, float]:
+def measure(entries: Sequence[Entry], host: Host, runs: int = RUNS) -> dict[str, float]:
     """Time operators in one session: the mean microseconds of the faster half of runs, by key."""
-    with tempfile.TemporaryDirectory(prefix="fxprune-") as scratch:
-        profiled = profile(model_of(entries), threads, runs, Path(scratch))
-    found = {}
-    for number, entry in enumerate(entries):
-        us = time_of(profiled, number)
-        if us is None:
-            raise FxpruneError(
-                f"ONNX Runtime's profile has no time for {key_of(entry)}; this is a bug: please "
-                "report it"
-            )
-        found[key_of(entry)] = us
-    return found
+    return measure_session(model_of(entries), list(map(key_of, entries)), host, runs)

@@ -13,10 +13,10 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from fxprune.latency.layer_config import MICROSOFT, Form, LayerConfig, Sizes, operator
-from fxprune.onnx.profile import Profiled
 
 OPSET = 20
 SCALE = 0.02
+REPEATED = 1021  # random numbers that weights repeat, so that kits compress well
 TYPES: Mapping[Form, int] = {"fp32": TensorProto.FLOAT, "int8": TensorProto.UINT8}
 Entry = tuple[LayerConfig, Form]
 
@@ -38,13 +38,6 @@ def model_of(entries: Sequence[Entry]) -> bytes:
         else:
             model.add_int8(number, config)
     return model.encoded()
-
-
-def time_of(profiled: Mapping[str, Profiled], number: int) -> float | None:
-    """Return the microseconds of one entry: its nodes, which optimisers may have given suffixes."""
-    name = f"layer{number}"
-    own = [node.us for key, node in profiled.items() if key == name or key.startswith(f"{name}_")]
-    return sum(own) if own else None
 
 
 class _Model:
@@ -150,11 +143,11 @@ class _Model:
 
     def _weight(self, number: int, config: LayerConfig, shape: Sizes, form: Form) -> str:
         if form == "fp32":
-            values = self._random.standard_normal(shape, dtype=np.float32)
+            values = np.resize(self._random.standard_normal(REPEATED, np.float32), shape)
             self._store(f"w{number}", values)
             return f"w{number}"
         axis = 0 if config.kind == "conv" else 1
-        codes = self._random.integers(-60, 60, shape).astype(np.int8)
+        codes = np.resize(self._random.integers(-60, 60, REPEATED).astype(np.int8), shape)
         return self._decoded(f"w{number}", codes, axis, SCALE)
 
     def _store(self, name: str, values: Any) -> None:

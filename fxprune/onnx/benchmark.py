@@ -9,8 +9,9 @@ time is used.
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import onnxruntime
 
 from fxprune.errors import InputError
 
+CPU = "CPUExecutionProvider"
+Shapes = Mapping[str, tuple[int, ...]]  # of inputs, by name, the size of the batch included
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(double)": np.float64,
@@ -44,6 +47,8 @@ class Latency:
         speedup: the median, over runs, of the first model's time divided by this one's.
         speedup_p10: the tenth percentile of this ratio.
         speedup_p90: the ninetieth percentile of this ratio.
+        provider: the execution provider that ran it, which is not the one that was asked for where
+            ONNX Runtime fell back.
 
     """
 
@@ -54,6 +59,7 @@ class Latency:
     speedup: float
     speedup_p10: float
     speedup_p90: float
+    provider: str = CPU
 
 
 def compare(
@@ -63,6 +69,8 @@ def compare(
     threads: int = 1,
     seconds: float = 2.0,
     minimum: int = 20,
+    provider: str = CPU,
+    shapes: Shapes | None = None,
 ) -> dict[str, Latency]:
     """Time models in turns, A B A B ..., on random inputs of their input shapes.
 
@@ -72,10 +80,17 @@ def compare(
         threads: intra-operator threads of ONNX Runtime.
         seconds: duration of the measurement, without warm-up.
         minimum: smallest number of rounds, whatever their duration.
+        provider: the execution provider of ONNX Runtime.
+        shapes: of inputs, by name; the others have the shapes of the file.
+
+    Raises:
+        InputError: a file, the provider or a shape cannot be used.
 
     """
-    sessions = {name: open_session(path, threads) for name, path in models.items()}
-    inputs = {name: random_inputs(session, batch) for name, session in sessions.items()}
+    sessions = {
+        name: open_session(path, threads, provider=provider) for name, path in models.items()
+    }
+    inputs = {name: random_inputs(one, batch, shapes) for name, one in sessions.items()}
     for name, session in sessions.items():  # warm-up: memory allocation and code paths
         for _ in range(3):
             session.run(None, inputs[name])
@@ -87,23 +102,76 @@ def compare(
             passed, worked = time.perf_counter(), time.thread_time()
             session.run(None, inputs[name])
             worked, passed = time.thread_time() - worked, time.perf_counter() - passed
-            times[name].append(1000 * (worked if threads == 1 and worked > 0 else passed))
+            own = threads == 1 and provider == CPU and worked > 0
+            times[name].append(1000 * (worked if own else passed))
         rounds += 1
     first = np.array(next(iter(times.values())))
-    return {name: _summary(np.array(own), first) for name, own in times.items()}
+    return {
+        name: _summary(np.array(own), first, sessions[name].get_providers()[0])
+        for name, own in times.items()
+    }
 
 
-def _summary(times: Any, first: Any) -> Latency:
+def _summary(times: Any, first: Any, provider: str) -> Latency:
     low, median, high = np.percentile(times, [10, 50, 90])
     ratio_low, ratio, ratio_high = np.percentile(first / times, [10, 50, 90])
     return Latency(
         float(median), float(low), float(high), len(times), float(ratio), float(ratio_low),
-        float(ratio_high),
+        float(ratio_high), provider,
     )  # fmt: skip
 
 
+def fallback_note(found: Mapping[str, Latency], provider: str) -> str | None:
+    """Return a note on the models that another provider ran than the one asked for, if any."""
+    others = {one.provider for one in found.values()} - {provider}
+    if not others:
+        return None
+    return (
+        f"ONNX Runtime fell back from {provider} to {', '.join(sorted(others))}: the latencies are "
+        "those of the latter; check that the provider's libraries and its device are installed"
+    )
+
+
+def check_provider(name: str) -> None:
+    """Check that this ONNX Runtime has an execution provider.
+
+    Raises:
+        InputError: it does not; the message lists those that it has.
+
+    """
+    available = onnxruntime.get_available_providers()
+    if name not in available:
+        raise InputError(
+            f"the execution provider '{name}' is not part of this ONNX Runtime; it has "
+            f"{', '.join(available)}"
+        )
+
+
+def parse_shapes(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Read ``name=1x26`` texts: the shapes of inputs, the size of the batch first.
+
+    Raises:
+        InputError: a text cannot be read.
+
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        name, _, sizes = text.partition("=")
+        parts = re.split("[x,]", sizes)
+        if not name or not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise InputError(
+                f"latency-shape {text}: write name=SIZExSIZE, for example input_ids=1x26"
+            )
+        found[name] = tuple(map(int, parts))
+    return found
+
+
 def open_session(
-    model: bytes | str | Path, threads: int, *, profile_to: Path | None = None
+    model: bytes | str | Path,
+    threads: int,
+    *,
+    profile_to: Path | None = None,
+    provider: str = CPU,
 ) -> onnxruntime.InferenceSession:
     """Open a model with the settings of a latency measurement.
 
@@ -111,11 +179,13 @@ def open_session(
         model: an ONNX file, or its content.
         threads: intra-operator threads.
         profile_to: start a profile; the name of its file starts with this path.
+        provider: the execution provider; what it cannot run is run on the CPU.
 
     Raises:
-        InputError: there is no such file, or ONNX Runtime cannot load it.
+        InputError: there is no such file or provider, or ONNX Runtime cannot load the file.
 
     """
+    check_provider(provider)
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise InputError(f"there is no file {model}; give the path of an ONNX model")
     options = onnxruntime.SessionOptions()
@@ -128,7 +198,7 @@ def open_session(
         options.profile_file_prefix = str(profile_to)
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=list(dict.fromkeys([provider, CPU])))
     except Exception as error:  # the runtime's errors have no common base
         what = "a model" if isinstance(model, bytes) else str(model)
         raise InputError(
@@ -137,12 +207,28 @@ def open_session(
         ) from error
 
 
-def random_inputs(session: onnxruntime.InferenceSession, batch: int) -> dict[str, Any]:
-    """Return seeded random inputs for a session; dynamic sizes become ``batch``."""
+def random_inputs(
+    session: onnxruntime.InferenceSession, batch: int, shapes: Shapes | None = None
+) -> dict[str, Any]:
+    """Return seeded random inputs for a session.
+
+    Args:
+        session: whose inputs they are.
+        batch: size of dynamic dimensions.
+        shapes: of inputs, by name; the others have the shapes of the model.
+
+    Raises:
+        InputError: a shape does not suit the model, or an input has an unknown type.
+
+    """
     random = np.random.default_rng(0)
     made: dict[str, Any] = {}
+    given = dict(shapes or {})
     for item in session.get_inputs():
-        shape = [size if isinstance(size, int) else batch for size in item.shape]
+        wanted = given.pop(item.name, None)
+        if wanted is not None:
+            _check_shape(item, wanted)
+        shape = wanted or [size if isinstance(size, int) else batch for size in item.shape]
         dtype = DTYPES.get(item.type)
         if dtype is None:
             raise InputError(
@@ -152,4 +238,20 @@ def random_inputs(session: onnxruntime.InferenceSession, batch: int) -> dict[str
             made[item.name] = random.standard_normal(shape).astype(dtype)
         else:
             made[item.name] = random.integers(0, 2, shape).astype(dtype)
+    if given:
+        raise InputError(
+            f"latency-shape names the input '{next(iter(given))}', which the model does not have; "
+            f"it has {', '.join(made)}"
+        )
     return made
+
+
+def _check_shape(item: Any, wanted: tuple[int, ...]) -> None:
+    fixed = [size if isinstance(size, int) else None for size in item.shape]
+    if len(fixed) != len(wanted) or any(
+        own not in (None, size) for own, size in zip(fixed, wanted, strict=True)
+    ):
+        raise InputError(
+            f"latency-shape {item.name}={'x'.join(map(str, wanted))} does not suit the model, whose "
+            f"input has the shape {'x'.join(map(str, item.shape))}, where only names are free"
+        )

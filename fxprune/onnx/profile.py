@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fxprune.onnx.benchmark import open_session, random_inputs
+from fxprune.onnx.benchmark import CPU, Shapes, open_session, random_inputs
 
 WARM_UP = 2
 
@@ -28,11 +28,17 @@ class Profiled:
 
 
 def profile(
-    model: bytes | str | Path, threads: int, runs: int, scratch: Path
+    model: bytes | str | Path,
+    threads: int,
+    runs: int,
+    scratch: Path,
+    *,
+    provider: str = CPU,
+    shapes: Shapes | None = None,
 ) -> Mapping[str, Profiled]:
     """Run a model ``runs`` times in ONNX Runtime; return the times of its nodes, by name."""
-    session = open_session(model, threads, profile_to=scratch / "profile")
-    feeds = random_inputs(session, 1)
+    session = open_session(model, threads, profile_to=scratch / "profile", provider=provider)
+    feeds = random_inputs(session, 1, shapes)
     for _ in range(WARM_UP + runs):
         session.run(None, feeds)
     events = json.loads(Path(session.end_profiling()).read_text())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +31,10 @@ class Context:
         dense: the program before the first pass; the pipeline fills it in if absent.
         progress: how long work shows itself.
         threads: number of threads of ONNX Runtime, where latency matters.
+        provider: execution provider of ONNX Runtime, where latency matters.
+        latency_table: file of the times of another machine to plan for; None for this one.
+        latency_shapes: shapes of inputs at which latency is measured, by name; the others have the
+            shapes that the program was traced with, for one sample.
         recovery: quick forms of the passes that restore accuracy after removal; a pass that tries
             plans runs them before it judges. The pipeline fills it in from its own passes.
 
@@ -42,6 +47,9 @@ class Context:
     dense: Program | None = None
     progress: Tracker = field(default_factory=Tracker)
     threads: int = 1
+    provider: str = "CPUExecutionProvider"
+    latency_table: Path | None = None
+    latency_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     recovery: tuple[Callable[[Program, Context], object], ...] = ()
 
     @functools.cached_property
