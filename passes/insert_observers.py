@@ -105,7 +105,7 @@ class InsertObservers(Pass):
                 chosen.add(node)
         timed: dict[fx.Node, LayerTiming] = {}
         if self.measure and chosen:
-            table, wanted = Table.open(context.threads), chosen.union(element_wise(program))
+            table, wanted = Table.of(context), chosen.union(element_wise(program))
             timed = layer_timings(program, wanted, table, context.progress)
         tables = (_times(timed),) if timed else ()
         gaining = {node for node, timing in timed.items() if timing.quantized}

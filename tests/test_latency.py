@@ -2,14 +2,23 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from fxprune.errors import InputError
-from fxprune.onnx.benchmark import compare, open_session, random_inputs
+from fxprune.latency.cache import Host
+from fxprune.onnx.benchmark import (
+    compare,
+    fallback_note,
+    open_session,
+    parse_shapes,
+    random_inputs,
+)
 
 
 def product(path: Path, size: int, dtype: int = TensorProto.FLOAT) -> Path:
@@ -67,3 +76,58 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="check that it is a complete ONNX model"):
         compare({"half": tmp_path / "half.onnx"})
     assert open_session(whole, 1).get_inputs()[0].name == "x"
+
+
+def test_latency_is_measured_at_the_shapes_that_are_named(tmp_path: Path) -> None:
+    path = product(tmp_path / "model.onnx", 4)
+    session = open_session(path, 1)
+    made = random_inputs(session, 1, parse_shapes(["x=5x4x4"]))
+    assert made["x"].shape == (5, 4, 4)
+    big = product(tmp_path / "big.onnx", 48)
+    one = compare({"big": big}, seconds=0.0, minimum=9, shapes={"x": (1, 48, 48)})["big"]
+    many = compare({"big": big}, seconds=0.0, minimum=9, shapes={"x": (16, 48, 48)})["big"]
+    assert many.median_ms > 2 * one.median_ms
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("x=1x5x4", "where only names are free"),
+        ("x=4x4", "where only names are free"),
+        ("y=1x4x4", "the model does not have"),
+        ("x", "write name=SIZExSIZE"),
+        ("x=0x4x4", "write name=SIZExSIZE"),
+    ],
+)
+def test_a_shape_that_does_not_suit_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    session = open_session(product(tmp_path / "model.onnx", 4), 1)
+    with pytest.raises(InputError, match=reason):
+        random_inputs(session, 1, parse_shapes([text]))
+
+
+def test_an_unknown_provider_is_refused_and_a_fallback_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = product(tmp_path / "model.onnx", 4)
+    with pytest.raises(InputError, match=r"it has .*CPUExecutionProvider"):
+        compare({"a": path}, provider="NoSuchExecutionProvider")
+    here = onnxruntime.get_available_providers()
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: [*here, "CUDAExecutionProvider"]
+    )
+    real = onnxruntime.InferenceSession
+
+    def falling_back(model: Any, options: Any, providers: Any) -> Any:
+        return real(model, options, providers=providers[1:])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", falling_back)
+    found = compare({"a": path}, seconds=0.0, minimum=3, provider="CUDAExecutionProvider")
+    assert found["a"].provider == "CPUExecutionProvider"
+    note = fallback_note(found, "CUDAExecutionProvider")
+    assert note is not None
+    assert "fell back from CUDAExecutionProvider to CPUExecutionProvider" in note
+    assert fallback_note(found, "CPUExecutionProvider") is None
+
+
+def test_the_cache_has_a_file_for_each_provider() -> None:
+    assert Host.here(1).path != Host.here(1, "OtherExecutionProvider").path

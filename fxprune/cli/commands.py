@@ -13,6 +13,7 @@ from rich.console import Console
 from fxprune import passes as registry
 from fxprune.cli.allocator import keep_freed_memory
 from fxprune.cli.exits import exits
+from fxprune.cli.latency import latency_app
 from fxprune.cli.options import (
     Arch,
     ArchOption,
@@ -24,8 +25,10 @@ from fxprune.cli.options import (
     InputShape,
     Interpolation,
     Json,
+    LatencyShape,
     Mean,
     Model,
+    Provider,
     Std,
     Threads,
     Trust,
@@ -33,13 +36,11 @@ from fxprune.cli.options import (
 )
 from fxprune.cli.pick import pick_command
 from fxprune.cli.request import Request, read_text, split, typed
-from fxprune.data.batches import batches
+from fxprune.cli.traced import traced
 from fxprune.errors import InputError
 from fxprune.files import write_text
 from fxprune.graph.facts import Preference
-from fxprune.graph.program import Program
-from fxprune.graph.trace import trace
-from fxprune.onnx.benchmark import compare
+from fxprune.onnx.benchmark import CPU, compare, fallback_note, parse_shapes
 from fxprune.pipeline.progress import Tracker
 from fxprune.pipeline.text import Recipe, parse, read_recipe
 from fxprune.report.inspection import inspect as inspect_program
@@ -145,6 +146,12 @@ def compile_command(
     ] = None,
     device: Annotated[str | None, typer.Option(help="run on cpu (default) or cuda")] = None,
     threads: Threads = None,
+    provider: Provider = None,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(help="plan for the machine on which a latency kit wrote this file"),
+    ] = None,
+    latency_shape: LatencyShape = None,
     verify: Annotated[
         bool | None,
         typer.Option(
@@ -192,6 +199,7 @@ def compile_command(
 
 
 app.command("pick")(pick_command)
+app.add_typer(latency_app, name="latency")
 
 
 @app.command("inspect")
@@ -221,7 +229,7 @@ def inspect_command(
         )  # fmt: skip
         if html is not None:
             check_writable(html.parent)
-        program = _traced(request)
+        program, _ = traced(request)
         found = inspect_program(program, attention)
         if html is not None:
             write_text(prepare(html.parent) / html.name, inspection_html(program, found))
@@ -229,24 +237,6 @@ def inspect_command(
             print(found.to_json())
         else:
             print_inspection(found, Console())
-
-
-def _traced(request: Request) -> Program:
-    model = request.load_model()
-    if isinstance(model, Program):
-        return model
-    inputs = request.example_inputs()
-    notes: tuple[str, ...] = ()
-    if inputs is None and (data := request.load_data(0, model)) is not None:
-        inputs, notes = next(batches(data.calibration, 1)).inputs, data.notes
-    if inputs is None:
-        raise InputError(
-            "cannot infer the input shape; pass --input-shape 3,224,224 or --data DATA"
-        )
-    program = trace(model, inputs)
-    for note in notes:
-        Tracker(notes=True).note(note)
-    return program
 
 
 @app.command("bench")
@@ -257,14 +247,19 @@ def bench_command(
     batch: Annotated[int, typer.Option(min=1, help="size of dynamic dimensions")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="threads of ONNX Runtime")] = 1,
     seconds: Annotated[float, typer.Option(min=0, help="measure for this many seconds")] = 5.0,
+    provider: Provider = None,
+    latency_shape: LatencyShape = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Compare the latency of ONNX files in ONNX Runtime, interleaved, on random inputs."""
     with exits(debug):
         found = compare(
-            {str(path): path for path in models}, batch=batch, threads=threads, seconds=seconds
-        )
+            {str(path): path for path in models}, batch=batch, threads=threads, seconds=seconds,
+            provider=provider or CPU, shapes=parse_shapes(latency_shape or ()),
+        )  # fmt: skip
+        if note := fallback_note(found, provider or CPU):
+            Tracker(notes=True).note(note)
         if as_json:
             print(json.dumps({name: asdict(latency) for name, latency in found.items()}, indent=2))
         else:

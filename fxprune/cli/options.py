@@ -55,4 +55,15 @@ Interpolation = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks and all warnings")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Provider = Annotated[
+    str | None,
+    typer.Option(
+        help="execution provider of ONNX Runtime that latency is measured with "
+        "(default: CPUExecutionProvider)"
+    ),
+]
+LatencyShape = Annotated[
+    Words,
+    typer.Option(help="measure latency at this shape of an input, e.g. input_ids=1x26; repeatable"),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="threads of PyTorch and ONNX Runtime")]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fxprune.graph.program import Program
+from fxprune.latency.cache import Host
 from fxprune.latency.model import Calibration, LatencyLedger
 from fxprune.latency.stairs import width_steps
 from fxprune.latency.table import Table
 from fxprune.latency.terms import configs_of, elements_of, latency_terms
-from fxprune.onnx.benchmark import compare
+from fxprune.onnx.benchmark import Shapes, compare
 from fxprune.onnx.export import export_onnx
 from fxprune.onnx.profile import Profiled, profile
+from fxprune.pipeline.context import Context
 from fxprune.pipeline.progress import Tracker
 from fxprune.structure.groups import Group
 
@@ -35,6 +37,7 @@ class Bench:
         dense_ms: latency of the dense model, in milliseconds.
         how: conversion from times of layers to a latency, exact for the dense model.
         progress: display of progress while layers are measured.
+        shapes: of inputs, at which latency is measured.
 
     """
 
@@ -43,6 +46,7 @@ class Bench:
     dense_ms: float
     how: Calibration
     progress: Tracker | None = None
+    shapes: Shapes = field(default_factory=dict)
 
     def ledger(self, program: Program, groups: Sequence[Group]) -> LatencyLedger:
         """Return latency as a function of the number of units removed from each group."""
@@ -64,24 +68,45 @@ class Bench:
         path = self.folder / "small.onnx"
         export_onnx(program, path, check=False)
         files = {"dense": self.folder / "dense.onnx", "small": path}
-        found = compare(files, threads=self.table.host.threads, seconds=SECONDS)
+        host = self.table.host
+        found = compare(
+            files, threads=host.threads, seconds=SECONDS, provider=host.provider, shapes=self.shapes
+        )
         return self.dense_ms / found["small"].speedup
 
 
-def open_bench(
-    dense: Program, folder: Path, table: Table, progress: Tracker | None = None
-) -> Bench:
-    """Export the dense model into a folder, measure it, and calibrate the table with it."""
-    path = folder / "dense.onnx"
-    export_onnx(dense, path, check=False)
-    threads = table.host.threads
-    whole = compare({"dense": path}, threads=threads, seconds=SECONDS)["dense"].median_ms
+def open_bench(dense: Program, folder: Path, table: Table, context: Context | None = None) -> Bench:
+    """Export the dense model into a folder, measure it, and calibrate the table with it.
+
+    A table of another machine has what the dense model took there, and nothing is measured.
+    """
+    context = context or Context(threads=table.host.threads, progress=Tracker(shown=False))
+    shapes = context.latency_shapes
+    nodes: Mapping[str, Profiled]
+    if table.network is not None:
+        whole, nodes = table.network.dense_ms, table.network.nodes
+    else:
+        whole, nodes = measure_dense(dense, folder, table.host, shapes)
     configs = configs_of(dense)
     table.fill(configs)
-    with tempfile.TemporaryDirectory(prefix="fxprune-", dir=folder) as scratch:
-        nodes = profile(path, threads, RUNS, Path(scratch))
     us, elements = float(table.us(configs).sum()), elements_of(dense)
-    return Bench(folder, table, whole, calibrate(nodes, whole, us, elements), progress)
+    how = calibrate(nodes, whole, us, elements)
+    return Bench(folder, table, whole, how, context.progress, shapes)
+
+
+def measure_dense(
+    dense: Program, folder: Path, host: Host, shapes: Shapes
+) -> tuple[float, Mapping[str, Profiled]]:
+    """Export a model into a folder; return its milliseconds, and the profile of its nodes."""
+    path = folder / "dense.onnx"
+    export_onnx(dense, path, check=False)
+    threads, provider = host.threads, host.provider
+    found = compare(
+        {"dense": path}, threads=threads, seconds=SECONDS, provider=provider, shapes=shapes
+    )
+    with tempfile.TemporaryDirectory(prefix="fxprune-", dir=folder) as scratch:
+        nodes = profile(path, threads, RUNS, Path(scratch), provider=provider, shapes=shapes)
+    return found["dense"].median_ms, nodes
 
 
 def calibrate(

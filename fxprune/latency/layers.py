@@ -30,6 +30,7 @@ BINARY: tuple[Kind, ...] = ("add", "mul")
 PRODUCTS: tuple[operators.Kind, ...] = (
     "convolution", "transposed-convolution", "linear", "product", "attention",
 )  # fmt: skip
+IMAGE_DIMENSIONS = 4
 Dim = Place | int  # a dimension of a node's value, or a size that never changes
 
 
@@ -92,6 +93,15 @@ def operator_of(node: fx.Node, batch: int) -> Layer | None:
         pooled = shape_of(node)[-2:] == (1, 1) and len(shape_of(node)) == 4
         return Layer(kind, (), _sample(x, batch)) if pooled else None
     return Layer(kind, (), _sample(node, batch))
+
+
+def transpose_of(node: fx.Node, batch: int) -> Layer | None:
+    """Return the transpose of an image that stands between its forms; None for other values."""
+    value = node.meta.get("val")
+    if node.op == "get_attr" or not isinstance(value, Tensor) or not value.is_floating_point():
+        return None
+    image = value.dim() == IMAGE_DIMENSIONS and value.shape[0] == batch
+    return Layer("transpose", (), (1, *((node, dim) for dim in range(1, 4)))) if image else None
 
 
 def _sample(node: fx.Node, batch: int) -> tuple[Dim, ...]:

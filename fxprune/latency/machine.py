@@ -95,10 +95,10 @@ class Neighbours:
         below = np.flatnonzero((dims <= wanted).all(axis=1))
         if not len(above):
             return None
-        high = above[sizes[above].argmin()]
+        high = int(above[sizes[above].argmin()])
         if not len(below):
             return timings[high]
-        low = below[sizes[below].argmax()]
+        low = int(below[sizes[below].argmax()])
         share = (size - sizes[low]) / max(sizes[high] - sizes[low], 1)
         us = timings[low].us + share * (timings[high].us - timings[low].us)
         spread = max(timings[low].spread, timings[high].spread)

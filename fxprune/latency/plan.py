@@ -36,8 +36,7 @@ def latency_bench(program: Program, context: Context) -> Iterator[Bench]:
     """Measure the dense program, and yield what predicts and measures smaller ones beside it."""
     dense = (context.dense or program).copy().to("cpu").eval()
     with tempfile.TemporaryDirectory(prefix="fxprune-") as folder:
-        table = Table.open(context.threads)
-        yield open_bench(dense, Path(folder), table, context.progress)
+        yield open_bench(dense, Path(folder), Table.of(context), context)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +82,9 @@ def solve_and_try(
     problem = replace(problem, tolerance=max(problem.tolerance, TOLERANCE))
     limit, limits = float(problem.limits[-1]), problem.limits
     trials: list[Trial] = []
+    measured = corrections > 0 and bench.table.network is None  # another machine is not at hand
     for _ in range(corrections + 1):
-        trials.append(_try(replace(problem, limits=limits), bench, cut, corrections > 0))
+        trials.append(_try(replace(problem, limits=limits), bench, cut, measured))
         if not _misses(trials[-1], problem, limits):
             break
         limits = _corrected(trials[-1], limits, limit)

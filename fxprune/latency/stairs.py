@@ -41,11 +41,16 @@ FINEST = WidthSteps(SMALLEST, SMALLEST)
 
 def width_steps(table: Table, form: Form = "fp32", progress: Tracker | None = None) -> WidthSteps:
     """Return the steps of one form; the table measures what it lacks."""
-    widths = np.arange(SMALLEST, WIDEST + 1, SMALLEST)
-    dense = [LayerConfig("conv", _square(14), (width, width, width)) for width in widths.tolist()]
-    depthwise = [LayerConfig("conv", _square(28), (width, width, 1)) for width in widths.tolist()]
+    dense, depthwise = step_configs()
     table.fill([*dense, *depthwise], progress, (form,))
     return WidthSteps(*(step_of(table.us(configs, form)) for configs in (dense, depthwise)))
+
+
+def step_configs() -> tuple[list[LayerConfig], list[LayerConfig]]:
+    """Return the convolutions whose times show the steps: ordinary ones and depthwise ones."""
+    widths = np.arange(SMALLEST, WIDEST + 1, SMALLEST).tolist()
+    dense = [LayerConfig("conv", _square(14), (width, width, width)) for width in widths]
+    return dense, [LayerConfig("conv", _square(28), (width, width, 1)) for width in widths]
 
 
 def rounding_for(
@@ -61,7 +66,7 @@ def rounding_for(
 
     """
     if dense is None or depthwise is None:
-        steps = width_steps(Table.open(context.threads), progress=context.progress)
+        steps = width_steps(Table.of(context), progress=context.progress)
         dense = dense or 2 * steps.dense
         depthwise = depthwise or 2 * steps.depthwise
     return Rounding(dense, depthwise, floor)

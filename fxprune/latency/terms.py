@@ -13,7 +13,16 @@ from torch import fx
 from fxprune.graph.cost import batch_of
 from fxprune.graph.program import Program, shape_of
 from fxprune.latency.layer_config import LayerConfig
-from fxprune.latency.layers import Dim, Kind, Layer, layers, layers_of, operator_of, others
+from fxprune.latency.layers import (
+    Dim,
+    Kind,
+    Layer,
+    layers,
+    layers_of,
+    operator_of,
+    others,
+    transpose_of,
+)
 from fxprune.latency.stairs import FINEST, SMALLEST, WidthSteps
 from fxprune.planning.cost_evaluator import Floats
 from fxprune.planning.cost_model import Shrinkage
@@ -114,6 +123,16 @@ def latency_terms(
     return [*of_layers, *(_of_elements(node, shrinkage, batch) for node in others(program))]
 
 
+def operator_terms(program: Program, groups: Sequence[Group]) -> list[Term]:
+    """Return terms of what insert-observers times besides layers: operators and transposes."""
+    shrinkage, batch = Shrinkage.of(program, groups), batch_of(program)
+    found = []
+    for node in program.graph.nodes:
+        operator, image = operator_of(node, batch), transpose_of(node, batch)
+        found += [_of_layer(one, shrinkage, FINEST) for one in (operator, image) if one is not None]
+    return found
+
+
 def _size(dim: Dim) -> int:
     return dim if isinstance(dim, int) else shape_of(dim[0])[dim[1]]
 
@@ -149,7 +168,7 @@ def _of_layer(layer: Layer, shrinkage: Shrinkage, steps: WidthSteps) -> Term:
 
 def _divisible(kind: Kind, dims: list[int]) -> tuple[int, ...]:
     """Round the channels of a grouped convolution down to what its groups divide."""
-    if kind in ("linear", "matmul"):
+    if kind not in ("conv", "conv-transpose"):
         return tuple(dims)
     channels, outputs, per_group = dims
     if kind == "conv":

@@ -198,7 +198,9 @@ def open_session(
         options.profile_file_prefix = str(profile_to)
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=list(dict.fromkeys([provider, CPU])))
+        return onnxruntime.InferenceSession(
+            source, options, providers=list(dict.fromkeys([provider, CPU]))
+        )
     except Exception as error:  # the runtime's errors have no common base
         what = "a model" if isinstance(model, bytes) else str(model)
         raise InputError(
@@ -251,7 +253,8 @@ def _check_shape(item: Any, wanted: tuple[int, ...]) -> None:
     if len(fixed) != len(wanted) or any(
         own not in (None, size) for own, size in zip(fixed, wanted, strict=True)
     ):
+        given, own = ("x".join(map(str, shape)) for shape in (wanted, item.shape))
         raise InputError(
-            f"latency-shape {item.name}={'x'.join(map(str, wanted))} does not suit the model, whose "
-            f"input has the shape {'x'.join(map(str, item.shape))}, where only names are free"
+            f"latency-shape {item.name}={given} does not suit the model, whose input has the shape "
+            f"{own}, where only names are free"
         )

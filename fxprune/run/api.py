@@ -23,7 +23,7 @@ from fxprune.graph.program import Program
 from fxprune.graph.trace import trace
 from fxprune.models import loading
 from fxprune.onnx import export
-from fxprune.onnx.benchmark import Latency, compare
+from fxprune.onnx.benchmark import CPU, Latency, compare, parse_shapes
 from fxprune.report.inspection import Inspection
 from fxprune.report.inspection import inspect as inspect_program
 from fxprune.run.arguments import checked
@@ -142,6 +142,8 @@ def bench(
     batch: int = 1,
     threads: int = 1,
     seconds: float = 5.0,
+    provider: str = CPU,
+    latency_shape: str | Iterable[str] = (),
 ) -> dict[str, Latency]:
     """Time ONNX files in ONNX Runtime, in turns, on random inputs.
 
@@ -150,6 +152,8 @@ def bench(
         batch: the size of dynamic dimensions.
         threads: of one operator in ONNX Runtime.
         seconds: how long to measure.
+        provider: the execution provider; each latency names the one that ran.
+        latency_shape: shapes of inputs, such as ``input_ids=1x26``, or a list of such texts.
 
     Returns:
         By path, latencies in milliseconds.
@@ -159,6 +163,8 @@ def bench(
 
     """
     paths = [models] if isinstance(models, (str, Path)) else list(models)
+    texts = [latency_shape] if isinstance(latency_shape, str) else latency_shape
     return compare(
-        {str(path): Path(path) for path in paths}, batch=batch, threads=threads, seconds=seconds
-    )
+        {str(path): Path(path) for path in paths}, batch=batch, threads=threads, seconds=seconds,
+        provider=provider, shapes=parse_shapes(texts),
+    )  # fmt: skip

@@ -195,7 +195,7 @@ def _measure(job: Job, candidates: Candidates, dense: Exported, folder: Path) ->
         samples = () if name == "int8" else job.samples  # INT8 predictions are compared instead
         standard = job.options.standard_onnx
         files[name] = export(one.program, folder / name, samples, standard=standard)
-    emitted = time_files(files, job.options.threads or 1, job.options.latency_seconds)
+    emitted = time_files(files, job.context, job.options.latency_seconds)
     measured = {
         name: Measured(
             one.program,
@@ -220,8 +220,8 @@ def _without_files(
     accuracy = job.judge.program(one.program, "evaluating the small model")
     emission = None
     if dense is not None:
-        threads, seconds = job.options.threads or 1, job.options.latency_seconds
-        emission = time_files({"dense": dense}, threads, seconds)["dense"]
+        seconds = job.options.latency_seconds
+        emission = time_files({"dense": dense}, job.context, seconds)["dense"]
     measured = Measured(one.program, one.journal, None, accuracy)
     obstacle = candidates.obstacle
     return Measurements(emission, {name: measured}, obstacle, candidates.failed, reason)

@@ -93,6 +93,9 @@ def compile(
     seed: int = Options.seed,
     device: str = Options.device,
     threads: int | None = Options.threads,
+    provider: str = Options.provider,
+    latency_table: str | Path | None = Options.latency_table,
+    latency_shape: str | Iterable[str] | None = None,
     verify: bool = Options.verify,
     onnx: bool = Options.onnx,
     latency_seconds: float = Options.latency_seconds,
@@ -129,6 +132,11 @@ def compile(
         seed: of all randomness.
         device: where the passes run the model, such as ``cuda``.
         threads: of PyTorch and ONNX Runtime; None leaves PyTorch's, and measures latency on one.
+        provider: execution provider of ONNX Runtime that latency is measured with.
+        latency_table: plan for the machine on which a kit of ``fxprune latency kit`` wrote this
+            file; None plans for this host.
+        latency_shape: shapes of inputs at which latency is measured, the size of the batch first,
+            such as ``input_ids=1x26``, or a list of such texts.
         verify: check on random units that removing them equals zeroing them.
         onnx: False writes no model.onnx, and neither compares nor times in ONNX Runtime.
         latency_seconds: how long the latency of the results is measured, in seconds.
@@ -141,6 +149,7 @@ def compile(
         FxpruneError: a pass or a check failed.
 
     """
+    shapes = latency_shape or ()
     options = make_options(
         target,
         pipeline,
@@ -159,6 +168,9 @@ def compile(
         seed=seed,
         device=device,
         threads=threads,
+        provider=provider,
+        latency_table=None if latency_table is None else Path(latency_table),
+        latency_shape=(shapes,) if isinstance(shapes, str) else tuple(shapes),
         verify=verify,
         onnx=onnx,
         latency_seconds=latency_seconds,

@@ -37,9 +37,13 @@ def better_without_pruning(job: Job, chosen: Measured, folder: Path) -> tuple[st
         export_onnx(program.to("cpu").eval(), path, check=False)
     except FxpruneError:
         return ()  # the dense model cannot be had in INT8
-    threads, seconds = job.options.threads or 1, job.options.latency_seconds
+    context, seconds = job.context, job.options.latency_seconds
     times = compare(
-        {"result": chosen.emission.path, "dense": path}, threads=threads, seconds=seconds
+        {"result": chosen.emission.path, "dense": path},
+        threads=context.threads,
+        seconds=seconds,
+        provider=context.provider,
+        shapes=context.latency_shapes,
     )
     found = job.judge.file(path, "evaluating the dense model in INT8").accuracy
     if times["dense"].speedup < EQUAL_SPEED or found is None or found < accuracy:

@@ -47,6 +47,8 @@ class Job:
         notes: what was assumed of the model and the data, what capture left out, and what became
             of a search.
         frontier: plans of further results, by speed-up.
+        elsewhere: where the plan is for another machine, the milliseconds of the dense model there
+            and those that the plan should take.
         search: every plan of the search, for search.json.
 
     """
@@ -62,6 +64,7 @@ class Job:
     alternatives: tuple[Pipeline, ...] = ()
     notes: tuple[str, ...] = ()
     frontier: Mapping[str, NetworkPlan] = field(default_factory=dict)
+    elsewhere: tuple[float, float] | None = None
     search: Mapping[str, Any] | None = None
 
     @property
@@ -79,7 +82,7 @@ class Job:
         options = self.options
         return Context(
             self.data, options.device, options.seed, options.loss, self.dense, options.progress,
-            options.threads or 1,
+            options.threads or 1, options.provider, options.latency_table, options.shapes,
         )  # fmt: skip
 
     def without(self, failing: Mapping[Group, str]) -> Job:

@@ -13,6 +13,7 @@ from fxprune.graph.cost import cost
 from fxprune.graph.program import Program
 from fxprune.onnx.benchmark import Latency, compare
 from fxprune.onnx.export import ExportCheck, export_onnx
+from fxprune.pipeline.context import Context
 from fxprune.pipeline.progress import Tracker
 from fxprune.report.content import Measures
 from fxprune.training.evaluate import Evaluation, evaluate, run_onnx, run_program
@@ -130,11 +131,17 @@ def export(
 
 
 def time_files(
-    files: Mapping[str, Exported], threads: int = 1, seconds: float = 2.0
+    files: Mapping[str, Exported], context: Context, seconds: float = 2.0
 ) -> dict[str, Emission]:
-    """Time files in turns; speed-ups are over the first."""
+    """Time files in turns, with the threads, provider and shapes of a context.
+
+    Speed-ups are over the first.
+    """
     paths = {name: one.path for name, one in files.items()}
-    times = compare(paths, threads=threads, seconds=seconds)
+    times = compare(
+        paths, threads=context.threads, seconds=seconds, provider=context.provider,
+        shapes=context.latency_shapes,
+    )  # fmt: skip
     return {name: Emission(one.path, one.check, times[name]) for name, one in files.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from fxprune import passes
 from fxprune.errors import InputError
 from fxprune.graph.facts import Preference
+from fxprune.onnx.benchmark import CPU, check_provider, parse_shapes
 from fxprune.passes import (
     AnnotateSensitivity,
     ApplyPlan,
@@ -63,6 +65,9 @@ class Options:
         seed: of all randomness.
         device: where passes run the model, such as ``cpu`` or ``cuda``.
         threads: of PyTorch and ONNX Runtime; None leaves PyTorch's, and measures latency on one.
+        provider: execution provider of ONNX Runtime that latency is measured with.
+        latency_table: file of the times of another machine to plan for, from a kit.
+        latency_shape: shapes at which latency is measured, as ``name=1x26`` per input.
         verify: check on random units that removing them equals zeroing them, before the passes.
         onnx: write model.onnx, and compare and time it in ONNX Runtime.
         latency_seconds: how long the latency of the results is measured, in seconds.
@@ -76,7 +81,8 @@ class Options:
     # Those that a recipe's [run] may set.
     RECIPE_FIELDS: ClassVar[tuple[str, ...]] = (
         "max_drop", "objective", "search_minutes", "calibration", "batch_size", "seed", "device",
-        "threads", "verify", "onnx", "standard_onnx",
+        "threads", "verify", "onnx", "standard_onnx", "provider", "latency_table",
+        "latency_shape",
     )  # fmt: skip
 
     targets: tuple[Target, ...] = ()
@@ -95,6 +101,9 @@ class Options:
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
+    provider: str = CPU
+    latency_table: Path | None = None
+    latency_shape: tuple[str, ...] = ()
     verify: bool = True
     onnx: bool = True
     latency_seconds: float = 2.0
@@ -110,12 +119,19 @@ class Options:
             value = getattr(self, name)
             if value is not None and not value >= low:
                 raise InputError(f"{name.replace('_', '-')} is {value}; it must be at least {low}")
+        check_provider(self.provider)
+        _ = self.shapes
         check_choice("attention", self.attention, Preference)
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"the device '{self.device}' cannot be used: {reason}") from error
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of inputs at which latency is measured, by name."""
+        return parse_shapes(self.latency_shape)
 
     @property
     def allowed_drop(self) -> float:
@@ -126,11 +142,18 @@ class Options:
         """Return what a recipe's ``[run]`` sets: everything that is not a default."""
         defaults = {option.name: option.default for option in fields(self)}
         changed = {
-            name: value
+            name: _written(value)
             for name in self.RECIPE_FIELDS
             if (value := getattr(self, name)) != defaults[name]
         }
         return {**self.origin, **changed}
+
+
+def _written(value: Any) -> Any:
+    """Return a value as a recipe writes it."""
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def make_options(

@@ -87,9 +87,8 @@ class PlanSearch:
         options.progress.say("measuring the latency of the dense model")
         self._dense = job.dense.copy(share=True).to("cpu").eval()
         form: Form = "fp32" if options.int8 is False else "int8"
-        self.latency = open_latency(
-            self._dense, form, self._deployed, folder, options.threads or 1, options.progress
-        )
+        self.latency = open_latency(self._dense, form, self._deployed, folder, self._context)
+        self.notes += self.latency.table.notes
         self.fp32_ms = self._fp32_ms(folder)
         self.points = self._walk()
 
@@ -114,6 +113,12 @@ class PlanSearch:
             except BudgetError as error:
                 self.notes.append(f"the frontier has no model at {factor}: {error}")
         return found
+
+    def elsewhere(self, plan: NetworkPlan) -> tuple[float, float] | None:
+        """Return the milliseconds of the dense model and of a plan on another machine, if any."""
+        if self.latency.table.network is None:
+            return None
+        return self.fp32_ms, self._measured(next(one for one in self.points if one.plan is plan))
 
     def record(self) -> dict[str, Any]:
         """Return what search.json holds: every point, and the loss of those that were tried."""
@@ -251,10 +256,15 @@ class PlanSearch:
         """Return the latency of the dense model in FP32, to which targets are relative."""
         if self.latency.form == "fp32":
             return self.latency.dense_ms
+        if self.latency.table.network is not None:
+            return self.latency.table.network.dense_ms
         path = folder / "fp32.onnx"
         export_onnx(self._dense, path, check=False)
-        threads = self._job.options.threads or 1
-        found = compare({"int8": folder / "dense.onnx", "fp32": path}, threads=threads)
+        context = self._context
+        found = compare(
+            {"int8": folder / "dense.onnx", "fp32": path}, threads=context.threads,
+            provider=context.provider, shapes=context.latency_shapes,
+        )  # fmt: skip
         return self.latency.dense_ms / found["fp32"].speedup
 
     def _measured(self, point: Point) -> float:

@@ -46,7 +46,7 @@ def with_searched_plan(job: Job) -> Job:
     return replace(
         job, options=options, pipeline=pipelines[0], alternatives=tuple(pipelines[1:]),
         trials=tuple(search.trials), frontier=frontier, search=search.record(),
-        notes=(*job.notes, *search.notes),
+        notes=(*job.notes, *search.notes), elsewhere=search.elsewhere(plans[0]),
     )  # fmt: skip
 
 

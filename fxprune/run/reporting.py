@@ -10,6 +10,7 @@ from pathlib import Path
 from fxprune.graph import serialize
 from fxprune.graph.facts import PLAN
 from fxprune.graph.program import Program
+from fxprune.onnx.benchmark import fallback_note
 from fxprune.pipeline.text import Recipe, write_recipe
 from fxprune.report.content import (
     Check,
@@ -58,6 +59,7 @@ def make_report(
             *_notes(job, journal, accuracy),
             *_loss(job, accuracy, chosen.accuracy),
             *_beyond_standard(chosen.emission),
+            *_fallback(measured.dense, options.provider),
         ),
         journal.curves,
         None if chosen.emission is None else chosen.emission.speedup,
@@ -72,11 +74,24 @@ def _targets(
 ) -> tuple[TargetEntry, ...]:
     """Compare the result with the targets, and with what the last plan predicted."""
     plans = [entry.outcome.predicted for entry in journal.entries if entry.outcome.predicted]
-    predicted = plans[-1] if plans else {}
+    predicted = dict(plans[-1]) if plans else {}
+    if (there := job.elsewhere or _elsewhere(job, journal)) is not None:
+        dense, small = there
+        before, after = replace(before, latency_ms=dense), replace(after, latency_ms=small)
+        predicted["latency_ms"] = small
     return tuple(
         TargetEntry.of(target, before, after, predicted.get(target.quantity))
         for target in job.targets
     )
+
+
+def _elsewhere(job: Job, journal: Journal) -> tuple[float, float] | None:
+    """Return the milliseconds, dense and planned, that plan-channels found for another machine."""
+    timed = [entry.outcome.details.get("latency") for entry in journal.entries]
+    plans = [one for one in timed if one]
+    if job.options.latency_table is None or not plans:
+        return None
+    return plans[-1]["dense_ms"], plans[-1]["predicted_ms"]
 
 
 def _group(group: Group, journal: Journal, small: Program) -> GroupEntry:
@@ -121,6 +136,13 @@ def _beyond_standard(emission: Emission | None) -> Iterator[str]:
             f"model.onnx uses {', '.join(emission.export.beyond_standard)}, which only ONNX "
             "Runtime has; use --standard-onnx to avoid them"
         )
+
+
+def _fallback(emission: Emission | None, provider: str) -> Iterator[str]:
+    """Say so if another execution provider ran the models than the one asked for."""
+    if emission is not None:
+        note = fallback_note({"dense": emission.latency}, provider)
+        yield from [note] if note else []
 
 
 def write_files(job: Job, program: Program, report: RunReport, folder: Path) -> list[str]:

@@ -8,25 +8,23 @@ has a fixed cost; one measurement of the dense program in the same form gives bo
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fxprune.graph.program import Program
 from fxprune.latency.bench import LAYERS as FP32_LAYERS
-from fxprune.latency.bench import calibrate
+from fxprune.latency.bench import calibrate, measure_dense
 from fxprune.latency.layer_config import Form
 from fxprune.latency.model import Calibration
 from fxprune.latency.table import Table
 from fxprune.latency.terms import configs_of, elements_of
-from fxprune.onnx.benchmark import compare
+from fxprune.onnx.benchmark import Shapes, compare
 from fxprune.onnx.export import export_onnx
-from fxprune.onnx.profile import profile
+from fxprune.pipeline.context import Context
 from fxprune.pipeline.progress import Tracker
 from fxprune.quantization.timing import least_us
 
-RUNS = 30
 # Operators of ONNX Runtime whose times the table has, in each form.
 LAYERS: Mapping[Form, frozenset[str]] = {
     "fp32": FP32_LAYERS,
@@ -49,6 +47,7 @@ class DeployedLatency:
         dense_ms: its latency.
         how: what makes latencies of layers' times.
         progress: shows the measuring of layers.
+        shapes: of inputs, at which latency is measured.
 
     """
 
@@ -59,6 +58,7 @@ class DeployedLatency:
     dense_ms: float
     how: Calibration
     progress: Tracker
+    shapes: Shapes
 
     def predict(self, program: Program) -> float:
         """Return a program's milliseconds by the table; layers that it lacks are measured."""
@@ -66,27 +66,40 @@ class DeployedLatency:
         return self.how.fixed + self.how.per_us * us + self.how.per_element * elements_of(program)
 
     def measure(self, program: Program, seconds: float = 2.0) -> float:
-        """Return a program's milliseconds, by the median ratio of runs in turns with the dense."""
+        """Return a program's milliseconds, by the median ratio of runs in turns with the dense.
+
+        Another machine is not at hand: there it is what its table predicts.
+        """
+        if self.table.network is not None:
+            return self.predict(program)
         path = self.folder / "small.onnx"
         export_onnx(self.deploy(program), path, check=False)
         files = {"dense": self.folder / "dense.onnx", "small": path}
-        found = compare(files, threads=self.table.host.threads, seconds=seconds)
+        host = self.table.host
+        found = compare(
+            files, threads=host.threads, seconds=seconds, provider=host.provider, shapes=self.shapes
+        )
         return self.dense_ms / found["small"].speedup
 
 
 def open_latency(
-    dense: Program, form: Form, deploy: Deploy, folder: Path, threads: int, progress: Tracker
+    dense: Program, form: Form, deploy: Deploy, folder: Path, context: Context
 ) -> DeployedLatency:
-    """Export the dense program in a form into a folder, measure it, and calibrate the table."""
-    path = folder / "dense.onnx"
-    export_onnx(deploy(dense), path, check=False)
-    table = Table.open(threads)
-    whole = compare({"dense": path}, threads=threads, seconds=2.0)["dense"].median_ms
-    with tempfile.TemporaryDirectory(prefix="fxprune-", dir=folder) as scratch:
-        nodes = profile(path, threads, RUNS, Path(scratch))
+    """Export the dense program in a form into a folder, measure it, and calibrate the table.
+
+    The table of another machine is calibrated with what the dense program took there in FP32.
+    """
+    table, progress, shapes = Table.of(context), context.progress, context.latency_shapes
+    if (network := table.network) is not None:
+        us, elements = _layers_us(dense, table, "fp32", progress), elements_of(dense)
+        how = calibrate(network.nodes, network.dense_ms, us, elements)
+        us = _layers_us(dense, table, form, progress)
+        whole = how.fixed + how.per_us * us + how.per_element * elements
+        return DeployedLatency(table, form, deploy, folder, whole, how, progress, shapes)
+    whole, nodes = measure_dense(deploy(dense), folder, table.host, shapes)
     us = _layers_us(dense, table, form, progress)
     how = calibrate(nodes, whole, us, elements_of(dense), LAYERS[form])
-    return DeployedLatency(table, form, deploy, folder, whole, how, progress)
+    return DeployedLatency(table, form, deploy, folder, whole, how, progress, shapes)
 
 
 def _layers_us(program: Program, table: Table, form: Form, progress: Tracker) -> float:

@@ -74,7 +74,7 @@ def evaluate(
             target = batch.target
             if target is None and reference is not None:
                 agreement, expected = True, reference(inputs)[:count]
-                target = _classes(expected, class_axis(expected))
+                target = classes(expected)
         if target is None:
             return Evaluation(None, 0, "the samples have no labels")
         predicted = predict(logits, target)
@@ -114,6 +114,11 @@ def predict(logits: Tensor, target: Tensor) -> Tensor | None:
     else:
         return None
     return predicted if predicted.shape == target.shape else None
+
+
+def classes(logits: Tensor) -> Tensor:
+    """Return the predicted classes where no targets show which axis holds them."""
+    return _classes(logits, class_axis(logits))
 
 
 def _classes(logits: Tensor, axis: int) -> Tensor:
