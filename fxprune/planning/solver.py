@@ -26,6 +26,8 @@ from fxprune.planning.local_search import land
 from fxprune.planning.problem import Problem
 from fxprune.structure.merging import Ints
 
+MAX_UNUSED = 0.05  # of a budget, where units are too coarse for the tolerance
+
 
 @dataclass(frozen=True, eq=False)
 class Solution:
@@ -48,7 +50,8 @@ class Solution:
 def solve(problem: Problem) -> Solution:
     """Find a cut within all limits that uses one of them up to within the tolerance.
 
-    Where units are too coarse for that, one that exceeds a limit by no more than the tolerance.
+    Where units are too coarse for that, one that exceeds a limit by no more than the tolerance, or
+    else one that leaves at most 5 % of it unused; the notes say so.
 
     Raises:
         BudgetError: there is none, or none was found; the message says what stops it.
@@ -72,10 +75,21 @@ def _just_above(problem: Problem, before: Ints, after: Ints) -> Solution:
     wider = replace(problem, limits=above, tolerance=1 - 1 / (1 + problem.tolerance))
     found = land(wider, before, after)
     if found is None:
-        raise BudgetError(_cannot_land(problem, before, after))
+        return _further_below(problem, before, after)
     values = problem.value(found)
     over = 100 * float((values / problem.limits).max() - 1)
     note = f"the budget is exceeded by {over:.2g} %, because no plan ends equally close below it"
+    return Solution(found, values, problem.total(found), (*_notes(problem, found), note))
+
+
+def _further_below(problem: Problem, before: Ints, after: Ints) -> Solution:
+    """Land a little further below the limit, where single units are too coarse to end closer."""
+    found = land(replace(problem, tolerance=MAX_UNUSED), before, after)
+    if found is None:
+        raise BudgetError(_cannot_land(problem, before, after))
+    values = problem.value(found)
+    unused = 100 * (1 - float((values / problem.limits).max()))
+    note = f"{unused:.2g} % of the budget is not used, because no plan ends closer to it"
     return Solution(found, values, problem.total(found), (*_notes(problem, found), note))
 
 
