@@ -210,7 +210,7 @@ def _run(
                     if not job.alternatives or keeps_promise(job, accuracy, chosen.accuracy):
                         break
                 checks |= _check_after(job, chosen, accuracy, measured.no_file)
-                notes = better_without_pruning(job, chosen, Path(scratch))
+                notes = better_without_pruning(job, measured, chosen, Path(scratch))
                 checks |= _check_int8(job, measured)
                 frontier = write_points(job, accuracy, dense, staging)
                 if chosen.emission is not None:
