@@ -51,7 +51,7 @@ from fxprune.quantization.patterns import (
     place,
     weight_name,
 )
-from fxprune.quantization.timing import LayerTiming, layer_timings
+from fxprune.quantization.timing import Division, LayerTiming, divide
 from fxprune.quantization.transposed import spell_transposed
 
 aten = torch.ops.aten
@@ -103,10 +103,11 @@ class InsertObservers(Pass):
                 skips.append(Skip(node.name, reason))
             else:
                 chosen.add(node)
-        timed: dict[fx.Node, LayerTiming] = {}
+        division = Division({}, frozenset())
         if self.measure and chosen:
             table, wanted = Table.of(context), chosen.union(element_wise(program))
-            timed = layer_timings(program, wanted, table, context.progress)
+            division = divide(program, wanted, table, context.progress)
+        timed = division.layers
         tables = (_times(timed),) if timed else ()
         gaining = {node for node, timing in timed.items() if timing.quantized}
         none_gains = bool(timed) and not gaining & chosen
@@ -118,7 +119,8 @@ class InsertObservers(Pass):
             spelled += self._spell(program)
         alone = set() if none_gains else decompose(program, gaining - chosen)
         alone |= {node for node in program.graph.nodes if self.attention and is_product(node)}
-        placement = place(program, frozenset(chosen - slow | alone))
+        followers = frozenset() if none_gains else division.followers
+        placement = place(program, followers | (chosen - slow) | alone)
         layers = {node.name: weight_name(node) for node in placement.layers}
         others = tuple(node.name for node in placement.others)
         reduced = sums_overflow() if self.reduce_range is None else self.reduce_range

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from fxprune.pipeline.context import Context
 from fxprune.pipeline.contract import Skip
 from fxprune.pipeline.progress import Tracker
 from fxprune.quantization.fake_quantizers import observer_sites
-from fxprune.quantization.patterns import pattern_of
-from fxprune.quantization.timing import layer_timings
+from fxprune.quantization.patterns import has_weight, pattern_of, weight_name
+from fxprune.quantization.timing import divide
 
 IMAGE = torch.randn(2, 3, 8, 8)
 
@@ -188,8 +189,39 @@ def test_layers_and_conversions_are_timed(tmp_path: Path) -> None:
     program = trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 4)), IMAGE)
     layers = [node for node in program.graph.nodes if pattern_of(node) is not None]
     table = Table.open(1, tmp_path / "table.json")
-    found = layer_timings(program, layers, table, Tracker(False))
+    found = divide(program, layers, table, Tracker(False)).layers
     assert list(found) == layers
     assert all(timing.int8 > 0 and timing.fp32 > 0 for timing in found.values())
-    again = layer_timings(program, layers, Table.open(1, table.path), Tracker(False))
+    again = divide(program, layers, Table.open(1, table.path), Tracker(False)).layers
     assert again == found
+
+
+class Stream(nn.Module):
+    """A stem, and two residual blocks on what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.one, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.one(x))
+        return torch.relu(x + self.two(x))
+
+
+def test_sums_stay_in_int8_behind_a_stem_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One conversion of the stem's values pays for all sums of the stream."""
+
+    def times(program: Any, layers: Any, *_: object) -> dict[Any, tuple[float, float]]:
+        return {
+            node: (1000.0, 1.0) if "stem" in weight_name(node) else (1.0, 1000.0)
+            for node in layers
+            if has_weight(node)
+        }
+
+    monkeypatch.setattr("fxprune.quantization.timing._times", times)
+    program = trace(Stream().eval(), torch.randn(2, 3, 8, 8))
+    outcome = InsertObservers()(program, Context())
+    assert [skip.node for skip in outcome.skips] == ["conv2d"]
+    assert outcome.details == {"layers": 2, "others": 2}

@@ -61,15 +61,39 @@ class Conversions:
     rearrange: float
 
 
-def layer_timings(
+@dataclass(frozen=True)
+class Division:
+    """Which nodes run in INT8 so that the whole takes least.
+
+    Attributes:
+        layers: the timed layers.
+        followers: nodes between them, such as sums, that run in INT8 too, even if a value that
+            they read has to be converted.
+
+    """
+
+    layers: Mapping[fx.Node, LayerTiming]
+    followers: frozenset[fx.Node]
+
+
+def divide(
     program: Program, layers: Collection[fx.Node], table: Table, progress: Tracker
-) -> dict[fx.Node, LayerTiming]:
-    """Time layers in both formats, and choose a format for each so that the sum is smallest."""
+) -> Division:
+    """Time layers in both formats, and choose a format for every node so that the sum is least."""
     conversions = _conversions(program, table, progress)
     times = _times(program, layers, conversions, table, progress)
     graph = _network(program, times, conversions)
     quantized, _ = nx.minimum_cut(graph, "int8", "fp32")[1]
-    return {node: LayerTiming(*pair, node.name in quantized) for node, pair in times.items()}
+    followers = frozenset(
+        node
+        for node in program.graph.nodes
+        if (pattern := pattern_of(node)) is not None
+        and pattern.follows
+        and node not in times
+        and node.name in quantized
+    )
+    timed = {node: LayerTiming(*pair, node.name in quantized) for node, pair in times.items()}
+    return Division(timed, followers)
 
 
 def least_us(program: Program, table: Table, progress: Tracker) -> float:
