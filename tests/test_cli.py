@@ -228,7 +228,7 @@ def test_passes_lists_options_and_facts() -> None:
     assert all(option["meaning"] for item in listed.values() for option in item["options"].values())
     text = " ".join(call("passes", "plan-channels").stdout.split())
     assert "plan-channels needs sensitivity; gives plan" in text
-    assert "round-to=16" in text
+    assert "max-ratio=0.9" in text
     assert call("passes", "plan").exit_code == 2
 
 

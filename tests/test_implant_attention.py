@@ -261,7 +261,7 @@ class Written(Attend):
         (Rotary(), "query-key", "lies between it and a linear layer"),
         (Grouped(), "query-key", "several heads share"),
         (Beside(), "value", "shared with another layer"),
-        (Attend(), "value", "shrink alike"),
+        (Attend(), "value", "have to shrink too"),
         (Written(), "both", "written out"),
     ],
 )

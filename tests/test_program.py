@@ -9,6 +9,7 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import PostconditionError, PreconditionError
+from fxprune.graph.capture_check import check_capture
 from fxprune.graph.program import Fact, Program, shape_of
 
 ANSWER = Fact[int]("answer")
@@ -98,3 +99,5 @@ def test_cost_needs_no_run() -> None:
         model = nn.Linear(100_000, 100_000)
     made = fxprune.trace(model, (torch.zeros(1, 100_000, device="meta"),))
     assert fxprune.cost(made).params == 100_000 * 100_001
+    (note,) = check_capture(model, made, [made.example_inputs])
+    assert "not compared" in note

@@ -91,10 +91,11 @@ def small_input(arch: str) -> list[str]:
 
 
 def _runs(arch: str, options: dict[str, int], size: int) -> bool:
-    """Whether a model can be made and run with an input size, without computing anything."""
+    """Whether a model can be made, and run on an input size, which computes nothing."""
     try:
+        model = build(arch, options).eval()
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            build(arch, options).eval()(torch.zeros(2, 3, size, size))
+            model(torch.zeros(2, 3, size, size))
     except Exception:  # whatever a library raises says no
         return False
     return True

@@ -115,8 +115,8 @@ MUTANTS = (
     Mutant(
         "split: every piece loses what the first one loses",
         "fxprune/structure/rules/movement.py",
-        "remaining.size(dim, piece) for piece",
-        "remaining.size(dim, 0) for piece",
+        "piece) for piece in range(len(remaining.before))]\n    if any(",
+        "0) for piece in range(len(remaining.before))]\n    if any(",
         REMOVAL,
     ),
     Mutant(
@@ -160,8 +160,8 @@ MUTANTS = (
     Mutant(
         "least squares: the ridge is absolute",
         "fxprune/calibration/least_squares.py",
-        "(max(ridge, LEAST) * scale)",
-        "(max(ridge, LEAST) * torch.ones_like(scale))",
+        "(max(ridge, MIN_RELATIVE_RIDGE) * scale)",
+        "(max(ridge, MIN_RELATIVE_RIDGE) * torch.ones_like(scale))",
         "tests/test_least_squares.py",
     ),
     Mutant(

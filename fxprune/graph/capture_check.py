@@ -50,12 +50,15 @@ def check_capture(
         training: compare in training mode, with random operators off (``FixedDraws``).
 
     Returns:
-        Notes on what training of the program leaves out, such as auxiliary outputs.
+        Notes on what training of the program leaves out, such as auxiliary outputs, or on why
+        nothing was compared.
 
     Raises:
         TraceError: the outputs differ; the message names the first module whose output does.
 
     """
+    if _lacks_values(model, program, calls):
+        return ("the program was not compared with the model, whose tensors have no values (meta)",)
     with torch.no_grad():
         found = _first_difference(model, program, calls, training=training)
         if found is not None and _dtype(program) in (torch.float32, torch.float16, torch.bfloat16):
@@ -63,6 +66,13 @@ def check_capture(
         if found is not None:
             raise TraceError(_complaint(model, program, calls, found, training=training))
         return _left_out(model, program, calls, training=training)
+
+
+def _lacks_values(model: nn.Module, program: Program, calls: Sequence[Inputs]) -> bool:
+    """Whether a tensor lies on the meta device, where nothing can be computed."""
+    stored = (*model.parameters(), *model.buffers(), *program.graph_module.parameters())
+    leaves = (*stored, *pytree.tree_leaves(list(calls)))
+    return any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves)
 
 
 def other_batch(program: Program, inputs: Inputs) -> Inputs | None:

@@ -112,14 +112,18 @@ class Lookahead:
         for number in numbers:
             with torch.enable_grad():
                 loss = _square(self.residuals(self.batch(number))(*leaves))
-            found = along(found, 1 / len(numbers), torch.autograd.grad(loss, leaves))
+            if loss.requires_grad:
+                found = along(found, 1 / len(numbers), torch.autograd.grad(loss, leaves))
         return self.restrict(found)
 
     def product(self, number: int, point: Vector, curvature: Curvature) -> Product:
         """Return the product with the curvature of one batch, linearised at a point."""
         leaves = tuple(part.detach().requires_grad_() for part in point)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
-            differences = self.residuals(self.batch(number))(*leaves)
+            every = self.residuals(self.batch(number))(*leaves)
+            differences = tuple(part for part in every if part.requires_grad)
+            if not differences:  # no output depends on the weights
+                return lambda vector: tuple(map(torch.zeros_like, vector))
             if curvature == "newton":  # the second derivative of the loss
                 slopes = torch.autograd.grad(_square(differences), leaves, create_graph=True)
                 found: Product = functools.partial(_pull, slopes, leaves)
