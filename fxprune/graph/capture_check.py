@@ -137,7 +137,7 @@ def _in_double(
         return _first_difference(wide, exact, calls, training=training)
     except TraceError:
         raise
-    except Exception:
+    except Exception:  # whatever the model raises in double precision, the difference was seen
         return found
 
 
@@ -167,7 +167,7 @@ def _twin(model: nn.Module) -> nn.Module:
     """A copy with buffers and attributes of its own; the model itself if it cannot be copied."""
     try:
         return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    except Exception:
+    except Exception:  # copying runs code of the model's own
         return model
 
 
@@ -230,7 +230,7 @@ def _left_out(
     with _twins(model, program, training=True) as (left, right):
         try:
             counts = [len(pytree.tree_leaves(one(*_fresh(calls[0])))) for one in (left, right)]
-        except Exception:
+        except Exception:  # the model does not run in training mode on these inputs
             return ()
     if counts[0] != counts[1]:
         notes.append(

@@ -31,7 +31,7 @@ def first_differing_module(
     try:
         model(*inputs)
         values = _last_values(program, copies)
-    except Exception:
+    except Exception:  # this only helps a message; the caller reports the fault itself
         return None
     for name, output in outputs.items():
         if isinstance(output, Tensor) and isinstance(value := values.get(name), Tensor):
